@@ -1,0 +1,45 @@
+# make demo     one decode step of DeepSeek-V4, on the GPU or, without one, in the emulator (ARGS="--save plan.png")
+# make test     the tests (ARGS="-k metadata")
+# make wheel    the wheel, into dist/
+# make lint     the style check
+# DG_UPSTREAM=none with any of them: without upstream's package, nothing of it is fetched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
+SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
+	$(shell find sm120 -name __pycache__ -prune -o -print)
+
+.PHONY: demo test wheel lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.$(KIND)
+	$(BIN)/python tools/demo.py $(ARGS)
+
+test: $(VENV)/.$(KIND)
+	$(BIN)/python -m pytest $(ARGS)
+
+wheel: dist/.$(KIND)
+	@ls dist/*.whl
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The third-party packages; their versions are in requirements.txt alone.
+$(VENV)/.requirements: requirements.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+dist/.$(KIND): $(VENV)/.requirements $(SOURCES)
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	touch $@
+
+# Our wheel, again whenever a source of it changed: tests and demo run what a user installs, not the source tree.
+$(VENV)/.$(KIND): dist/.$(KIND)
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	rm -f $(VENV)/.lean $(VENV)/.full
+	touch $@
