@@ -95,7 +95,7 @@ setup(
     description="DeepGEMM with the Lightning Indexer's kernels for SM120 and SM121 (RTX Blackwell, GB10)",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="MIT" if LEAN else "MIT AND Apache-2.0",
+    license_expression="MIT" if LEAN else "MIT AND Apache-2.0 AND BSD-3-Clause",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     # No torch here: the user's build of it must stay, and every caller of deep_gemm has one.
