@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import sm120
-from .sm120 import upstream
+from .sm120 import upstream as _upstream
 
 _VERSION_FILE = Path(__file__).parent / "VERSION"  # written by the build
 __version__ = _VERSION_FILE.read_text().strip() if _VERSION_FILE.exists() else "0+source"
@@ -43,9 +43,10 @@ def _dispatched(ours: Callable) -> Callable:
         if not isinstance(first, torch.Tensor) or _is_ours(first.device):
             return ours(*args, **kwargs)  # an argument of another type is an error there
         try:
-            theirs = upstream.lookup(ours.__name__)
+            theirs = _upstream.lookup(ours.__name__)
         except AttributeError as error:
-            raise RuntimeError(f"{first.device} is a device that upstream serves, but {error}") from None
+            message = f"{first.device} is a device that upstream serves (DG_SM120_FORCE=1: ours does), but {error}"
+            raise RuntimeError(message) from None
         return theirs(*args, **kwargs)
 
     return call
@@ -57,7 +58,7 @@ def _in_step(ours: Callable) -> Callable:
     @functools.wraps(ours)
     def call(value: Any) -> None:
         ours(value)
-        upstream.keep_set(ours.__name__, value)
+        _upstream.keep_set(ours.__name__, value)
 
     return call
 
@@ -75,16 +76,18 @@ globals().update({name: wrap(getattr(sm120, name)) for name, wrap in _OURS.items
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # `from deep_gemm import *` takes upstream's names too
+        return [public for public in __dir__() if not public.startswith("_")]
     if name.startswith("__"):  # Python's and tools' own probes
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = upstream.lookup(name)
-    if upstream.is_complete():
+    value = _upstream.lookup(name)
+    if _upstream.is_complete():
         globals()[name] = value  # the next access is an ordinary one
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *vars(upstream.module() or sm120)})
+    return sorted({*globals(), *vars(_upstream.module() or sm120)})
 
 
 class _Names:
@@ -99,7 +102,7 @@ class _Names:
         try:
             value = getattr(sys.modules[package], name)
         except AttributeError as error:
-            if upstream.module() is None:
+            if _upstream.module() is None:
                 raise ModuleNotFoundError(str(error), name=fullname) from None
             return None  # a submodule that upstream itself is about to import, or never does
         return importlib.machinery.ModuleSpec(fullname, _Found(value))

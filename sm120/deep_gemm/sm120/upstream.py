@@ -49,9 +49,7 @@ def lookup(name: str) -> Any:
     package = module()
     if package is None:
         reasons = "".join(f"\n  {candidate}: {reason}" for candidate, reason in failures.items())
-        raise AttributeError(
-            f"{name!r} is not part of deep_gemm.sm120, and DeepGEMM's own package cannot be loaded:{reasons}"
-        )
+        raise AttributeError(f"DeepGEMM's own {name!r} cannot be loaded:{reasons}")
     try:
         return getattr(package, name)
     except AttributeError:

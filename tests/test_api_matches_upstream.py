@@ -1,0 +1,105 @@
+"""Our functions against upstream's sources, read without importing them: names, parameters, order, defaults."""
+
+import ast
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deep_gemm
+from conftest import ROOT
+from deep_gemm import sm120
+
+REQUIRED = inspect.Parameter.empty
+PACKAGE = Path(importlib.util.find_spec("deep_gemm").submodule_search_locations[0])
+PINNED = PACKAGE / "upstream.py"  # upstream's __init__ in the full wheel
+SUBMODULE = ROOT / "third_party" / "DeepGEMM" / "csrc" / "apis" / "attention.hpp"
+
+INDEXER = [
+    "get_paged_mqa_logits_metadata",
+    "fp8_paged_mqa_logits",
+    "fp8_fp4_paged_mqa_logits",
+    "fp8_mqa_logits",
+    "fp8_fp4_mqa_logits",
+]
+OURS = [name for name in (*INDEXER, "set_num_sms", "get_num_sms") if hasattr(sm120, name)]
+# The bounds of the ragged functions have two names, and each is taken by all of them.
+ALIASES = {"cu_seq_len_k_start": "ks", "cu_seq_len_k_end": "ke"}
+SGLANG_DEFAULTS = {
+    "clean_logits": False
+}  # where `main` and the pinned wheel differ, the pinned wheel's default is ours
+
+
+def python_signature(source: str, name: str) -> dict[str, Any]:
+    """Parameters of `name` and their defaults, wherever in the module it is defined."""
+    definitions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    (arguments,) = [node.args for node in definitions if node.name == name]
+    assert not (arguments.posonlyargs or arguments.kwonlyargs or arguments.vararg or arguments.kwarg)
+    names = [argument.arg for argument in arguments.args]
+    defaults = [eval(ast.unparse(value), {"torch": torch}) for value in arguments.defaults]
+    return dict(zip(names, [REQUIRED] * (len(names) - len(defaults)) + defaults))
+
+
+def pybind_signature(source: str, name: str) -> dict[str, Any]:
+    """The same out of a `m.def("name", ..., py::arg("a"), py::arg("b") = value)`."""
+    (definition,) = re.findall(rf'm\.def\(\s*"{name}"(.*?)\);', source, re.DOTALL)
+    values = {"false": False, "true": True, "std::nullopt": None, "torch::kFloat32": torch.float32}
+    values |= {"torch::kFloat": torch.float32, "0": 0}
+    arguments = re.findall(r'py::arg\("(\w+)"\)(?:\s*=\s*([\w:]+))?', definition)
+    return {argument: values[default] if default else REQUIRED for argument, default in arguments}
+
+
+def check(ours: Callable, upstream: dict[str, Any]) -> None:
+    """Everything that upstream's signature takes, `ours` takes, under the same name, in the same place, with the same
+    default; what it takes beyond that has a default and cannot be hit by position."""
+    signature = inspect.signature(ours)
+    canonical = {name: ALIASES.get(name, name) for name in upstream}
+    values = {name: object() for name in upstream}
+
+    by_position = signature.bind(*values.values()).arguments
+    bound = {ALIASES.get(name, name): value for name, value in by_position.items()}
+    assert bound == {canonical[name]: value for name, value in values.items()}
+
+    signature.bind(**values)  # every name of upstream's is a name of ours
+    for name, default in upstream.items():
+        parameter = signature.parameters[name]
+        if default is REQUIRED:
+            # A bound may come under either name, so neither parameter is required by Python itself.
+            assert parameter.default is REQUIRED or (
+                name in (*ALIASES, *ALIASES.values()) and parameter.default is None
+            )
+        else:
+            assert parameter.default == default, name
+    extra = [parameter for name, parameter in signature.parameters.items() if name not in values]
+    assert all(parameter.default is not REQUIRED for parameter in extra)
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in extra)
+
+
+@pytest.mark.skipif(not PINNED.exists(), reason="upstream's package is not in this build")
+@pytest.mark.parametrize("name", [name for name in OURS if name in INDEXER])
+def test_the_pinned_wheel(name: str) -> None:
+    check(getattr(deep_gemm, name), python_signature(PINNED.read_text(), name))
+
+
+@pytest.mark.skipif(not SUBMODULE.exists(), reason="the submodule is not checked out")
+@pytest.mark.parametrize("name", [name for name in OURS if name in INDEXER])
+def test_the_submodule(name: str) -> None:
+    upstream = pybind_signature(SUBMODULE.read_text(), name)
+    check(getattr(deep_gemm, name), {n: SGLANG_DEFAULTS.get(n, default) for n, default in upstream.items()})
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name.endswith("_logits")])
+def test_out_is_ours_alone_and_goes_by_keyword(name: str) -> None:
+    out = inspect.signature(getattr(deep_gemm, name)).parameters["out"]
+    assert out.kind is inspect.Parameter.KEYWORD_ONLY and out.default is None
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_face_shows_our_signature_and_docstring(name: str) -> None:
+    assert inspect.signature(getattr(deep_gemm, name)) == inspect.signature(getattr(sm120, name))
+    assert getattr(deep_gemm, name).__doc__ == getattr(sm120, name).__doc__
