@@ -11,6 +11,7 @@ read barrier 3, mask of barriers to wait for 6.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -52,6 +53,12 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _GUARD = re.compile(r"^@(!?U?P\w+)\s+")
 
 
+@functools.cache
+def _kind(name: str) -> str:
+    prefixes = [prefix for prefix in _PREFIXES if name.startswith(prefix)]
+    return _PREFIXES[max(prefixes, key=len)] if prefixes else "other"
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: int
@@ -59,7 +66,8 @@ class Instruction:
     opcode: str  # with its modifiers: "LDG.E.128"
     operands: str
     stall: int  # clocks until this warp may issue the next instruction
-    sets: tuple[int, ...]  # barriers released when the result is written or the operands are read
+    writes: int | None  # barrier that is free when the result is written
+    reads: int | None  # barrier that is free when the operands are read
     waits: tuple[int, ...]  # barriers that must be free before this instruction issues
     target: int | None = None  # of a branch
 
@@ -73,8 +81,7 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        prefixes = [p for p in _PREFIXES if self.name.startswith(p)]
-        return _PREFIXES[max(prefixes, key=len)] if prefixes else "other"
+        return _kind(self.name)
 
     @property
     def bits(self) -> int:
@@ -242,8 +249,8 @@ def count(instructions: Iterable[Instruction]) -> Counter[str]:
 def turn_latency(turn: tuple[Instruction, ...], latency: dict[str, int]) -> tuple[int, int]:
     """Clocks of one turn for a warp alone on its sub-partition: (sum of the stall counts, the same with the waits).
     Each instruction issues when the one before has stalled its count and the barriers that it waits for are free;
-    a barrier is free `latency[kind]` clocks after the last instruction that set it. Turns follow each other until
-    the waits repeat."""
+    a barrier is free `latency[kind]` clocks after the instruction that set it for its result, `latency["read"]` after
+    the one that set it for its operands. Turns follow each other until the waits repeat."""
     stalls = sum(max(1, i.stall) for i in turn)
     free = [0] * 6
     clock, starts = 0, []
@@ -251,8 +258,9 @@ def turn_latency(turn: tuple[Instruction, ...], latency: dict[str, int]) -> tupl
         starts.append(clock)
         for instruction in turn:
             clock = max([clock, *(free[b] for b in instruction.waits)])
-            for barrier in instruction.sets:
-                free[barrier] = max(free[barrier], clock + latency.get(instruction.kind, latency["other"]))
+            for barrier, name in ((instruction.writes, instruction.kind), (instruction.reads, "read")):
+                if barrier is not None:
+                    free[barrier] = max(free[barrier], clock + latency.get(name, latency["other"]))
             clock += max(1, instruction.stall)
     return stalls, starts[-1] - starts[-2]
 
@@ -304,7 +312,8 @@ def _instruction(address: int, text: str, encoding: int, labels: dict[str, int])
         opcode,
         operands.strip(),
         stall=control & 15,
-        sets=tuple(b for b in (written, read) if b < 6),
+        writes=written if written < 6 else None,
+        reads=read if read < 6 else None,
         waits=tuple(b for b in range(6) if mask >> b & 1),
         target=target,
     )
