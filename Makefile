@@ -2,6 +2,8 @@
 # make test     the tests (ARGS="-k metadata")
 # make wheel    the wheel, into dist/
 # make lint     the style check
+# make test-wheel  the full wheel where upstream's library loads: in an environment of its own, 5.5 GB
+# make clean    removes the environments and what was built
 # DG_UPSTREAM=none with any of them: without upstream's package, nothing of it is fetched.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test wheel lint
+.PHONY: demo test wheel lint test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -26,6 +28,12 @@ wheel: dist/.$(KIND)
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-wheel: $(VENV)-wheel/.ready dist/.full
+	$(VENV)-wheel/bin/python -m pytest tests/full_wheel.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build dist sm120/*.egg-info
 
 # The third-party packages; their versions are in requirements.txt alone.
 $(VENV)/.requirements: requirements.txt
@@ -42,4 +50,10 @@ dist/.$(KIND): $(VENV)/.requirements $(SOURCES)
 $(VENV)/.$(KIND): dist/.$(KIND)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	rm -f $(VENV)/.lean $(VENV)/.full
+	touch $@
+
+# PyTorch's CUDA build, of the release that upstream's library is built against.
+$(VENV)-wheel/.ready: requirements.txt
+	test -x $(VENV)-wheel/bin/pip || $(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet torch==2.14.1 $(shell grep ^pytest= requirements.txt)
 	touch $@

@@ -87,7 +87,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *vars(_upstream.module() or sm120)})
+    theirs = vars(_upstream.module() or sm120)  # first: its own imports become attributes of this module
+    return sorted({*theirs, *globals()})
 
 
 class _Names:
