@@ -99,7 +99,7 @@ class Kernel:
             entry = json.loads(cached.read_text())
             return Binary(entry["name"], entry["ptx"], base64.b64decode(entry["cubin"]))
         includes = [f"-I{path}" for path in (root / "deep_gemm" / "include", headers, headers / "cccl")]
-        binary = _nvrtc(source, self.instance, OPTIONS + includes)
+        binary = build(source, self.instance, OPTIONS + includes)
         cached.parent.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
             json.dump(asdict(binary) | {"cubin": base64.b64encode(binary.cubin).decode()}, file)
@@ -159,7 +159,9 @@ def fetch() -> Path:
     return root
 
 
-def _nvrtc(source: str, instance: str, options: list[str]) -> Binary:
+def build(source: str, instance: str, options: list[str]) -> Binary:
+    """One kernel of `source` by NVRTC; `instance` is its C++ name."""
+
     def check(result):
         status, *values = result
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import peer
-import sass
 from rich.console import Console
 from rich.table import Table
+
+import peer
+import sass
 
 UNIT_MACS = 16 * 64 * 128
 REGISTERS, MOST_WARPS, SHARED = 65536, 48, 100 << 10  # of an SM
