@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 import deep_gemm
-from conftest import ROOT
 from deep_gemm import sm120
 
 REQUIRED = inspect.Parameter.empty

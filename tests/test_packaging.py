@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
 
 PIN = re.search(r"^([\w.-]+)==([\w.]+)", (ROOT / "upstream.txt").read_text(), re.MULTILINE)
