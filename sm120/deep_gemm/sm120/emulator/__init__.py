@@ -1,0 +1,15 @@
+"""Runs PTX on the CPU: compiled kernels, lane by lane, in numpy.
+
+    module = Module(ptx_text)
+    counters = module.launch("kernel", grid=(8,), block=(256,), params=[x.ctypes.data, n], buffers=[Buffer.of(x, "x")])
+
+Every access to memory is checked; an error names the PTX line and the first thread at fault.  Read machine.py first
+(how threads run), then operands.py (how an instruction becomes a closure), then the instructions in isa/.
+"""
+
+from .counters import Counters
+from .errors import EmulatorError
+from .machine import Module
+from .memory import Buffer
+
+__all__ = ["Buffer", "Counters", "EmulatorError", "Module"]
