@@ -1,0 +1,1 @@
+"""The kernels (.cuh) and, beside each, its launcher (.py)."""

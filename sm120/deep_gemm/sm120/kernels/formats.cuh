@@ -1,0 +1,169 @@
+// How queries and keys become operands of the tensor core: FP8, FP4, and FP4 widened to FP8 for cards without an FP4 unit.
+//
+// The product is scores[16 heads, 8 keys] += query[16 heads, k] * key[k, 8 keys]; ptx.cuh says which lane holds what. A dot
+// product does not care in which order k runs, as long as both sides agree: a lane loads the bytes of its row that are
+// convenient and calls the words it got the slots of its fragment. Queries and keys come through the same function.
+//
+// What a format says:
+//   kRowBytes      bytes of one head's query, or of one key
+//   kLoaded        words of a row that a lane holds after `load`
+//   kWords         words of a row that a lane holds as operand, after `widen`; two of them feed one mma
+//   lane_offset    where in a row the words of a lane begin
+//   load           the lane's words of a row, given the address of the first
+//   multiply       one step, all heads: scores[tile] += query[tile][step] * key
+//   scale_key      which of 16 keys this lane loads the scale of
+//   finish         from the sum over heads to the logit
+#pragma once
+
+#include "ptx.cuh"
+
+// Where a lane stands in its fragments.
+struct Lane {
+    int id, g, t;
+    __device__ Lane() : id(threadIdx.x % 32), g(id / 4), t(id % 4) {}
+};
+
+// e4m3; the query's scale is folded into the weights, a key's scale is one fp32.
+template <int Dim, bool BlockScaled, int VectorBytes>
+struct Fp8 {
+    static constexpr int kRowBytes = Dim;
+    static constexpr int kLoaded = Dim / 16, kWords = kLoaded, kSteps = kWords / 2;
+    static constexpr bool kQueryScales = false;
+
+    // The largest loads that the alignment allows. A quad reads its row in pieces of 4 lanes x vector.
+    static constexpr int kVector = VectorBytes / 4 < kLoaded ? VectorBytes / 4 : kLoaded;
+    __device__ static uint32 lane_offset(const Lane& lane) { return 4 * kVector * lane.t; }
+    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
+        for (int j = 0; j < kLoaded; j += kVector) ptx::load<kVector>(words + j, address + 16 * j);
+    }
+
+    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
+        for (int j = 0; j < kWords; ++j) words[j] = loaded[j];
+    }
+
+    template <int HeadTiles>
+    struct QueryScales {
+        __device__ void load(const uint32*, int, const Lane&) {}
+    };
+
+    template <int Step, int KeyTile, int HeadTiles>
+    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][kSteps][4],
+                                    const QueryScales<HeadTiles>&, const uint32 (&key)[kWords], uint32, const Lane&) {
+        for (int m = 0; m < HeadTiles; ++m) {
+            if constexpr (BlockScaled) {
+                ptx::mma_e4m3_block_scaled(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1], 0x7f7f7f7f);
+            } else {
+                ptx::mma_e4m3(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1]);
+            }
+        }
+    }
+
+    // The lane that stores a logit loads its scale.
+    __device__ static uint32 scale_key(const Lane&, uint32 stored_key) { return stored_key; }
+    __device__ static float finish(float sum, uint32 key_scale) { return sum * __uint_as_float(key_scale); }
+};
+
+// e2m1, two to a byte, with a UE8M0 scale for every 32 elements; a row's scales are the bytes of one word.
+// A scale binds 32 physical elements, so each lane of a quad must hold a quarter of every 32: one word out of each 16 bytes.
+template <int Dim>
+struct Fp4 {
+    static constexpr int kRowBytes = Dim / 2;
+    static constexpr int kLoaded = Dim / 32, kWords = kLoaded, kSteps = kWords / 2;
+    static constexpr bool kQueryScales = true;
+
+    __device__ static uint32 lane_offset(const Lane& lane) { return 4 * lane.t; }
+    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
+        for (int j = 0; j < kLoaded; ++j) words[j] = ptx::load_word(address + 16 * j);
+    }
+
+    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
+        for (int j = 0; j < kWords; ++j) words[j] = loaded[j];
+    }
+
+    // The mma takes the scales of rows g and g + 8 from two lanes of the quad, so one register serves two head tiles.
+    template <int HeadTiles>
+    struct QueryScales {
+        uint32 word[(HeadTiles + 1) / 2];
+        __device__ void load(const uint32* scales, int heads, const Lane& lane) {
+            for (int i = 0; i < (HeadTiles + 1) / 2; ++i) {
+                const int head = 32 * i + 8 * lane.t + lane.g;
+                word[i] = head < heads ? ptx::load_word(scales + head) : 0;
+            }
+        }
+    };
+
+    template <int Step, int KeyTile, int HeadTiles>
+    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][kSteps][4],
+                                    const QueryScales<HeadTiles>& query_scales, const uint32 (&key)[kWords],
+                                    uint32 key_scale, const Lane&) {
+        for (int m = 0; m < HeadTiles; m += 2) {
+            ptx::mma_e2m1<2 * Step, 0, KeyTile>(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1],
+                                                query_scales.word[m / 2], key_scale);
+            if (m + 1 < HeadTiles) {
+                ptx::mma_e2m1<2 * Step, 1, KeyTile>(scores[m + 1], query[m + 1][Step], key[2 * Step], key[2 * Step + 1],
+                                                    query_scales.word[m / 2], key_scale);
+            }
+        }
+    }
+
+    // Lane t = 0 of a quad holds the scales of key g, t = 1 those of key g + 8, where the mma looks for them.
+    __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * (lane.t % 2) + lane.g; }
+    __device__ static float finish(float sum, uint32) { return sum; }
+};
+
+// The same data for cards without an FP4 unit. An e2m1 number shifted into the bits of an e4m3 one is exactly 2^-6 times
+// itself, so eight nibbles become two words: the even ones and the odd ones. One mma covers the 32 elements of one scale.
+template <int Dim>
+struct Fp4Widened {
+    static constexpr int kRowBytes = Dim / 2;
+    static constexpr int kLoaded = Dim / 32, kWords = 2 * kLoaded, kSteps = kLoaded;
+    static constexpr bool kQueryScales = true;
+
+    __device__ static uint32 lane_offset(const Lane& lane) { return Fp4<Dim>::lane_offset(lane); }
+    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) { Fp4<Dim>::load(words, address); }
+
+    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
+        for (int j = 0; j < kLoaded; ++j) {
+            words[2 * j] = (loaded[j] << 4 & 0x80808080) | (loaded[j] << 2 & 0x1c1c1c1c);
+            words[2 * j + 1] = (loaded[j] & 0x80808080) | (loaded[j] >> 2 & 0x1c1c1c1c);
+        }
+    }
+
+    // Byte `step` of a word of UE8M0 as fp32: 2^(byte - 127); 255 is NaN.
+    __device__ static float scale(uint32 word, int step) {
+        const uint32 byte = word >> 8 * step & 0xff;
+        return __uint_as_float(byte == 0 ? 0x00400000 : byte == 255 ? 0x7fffffff : byte << 23);
+    }
+
+    template <int HeadTiles>
+    struct QueryScales {
+        uint32 word[HeadTiles][2];
+        __device__ void load(const uint32* scales, int heads, const Lane& lane) {
+            for (int i = 0; i < 2 * HeadTiles; ++i) {
+                const int head = 8 * i + lane.g;
+                word[i / 2][i % 2] = head < heads ? ptx::load_word(scales + head) : 0;
+            }
+        }
+    };
+
+    template <int Step, int KeyTile, int HeadTiles>
+    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][kSteps][4],
+                                    const QueryScales<HeadTiles>& query_scales, const uint32 (&key)[kWords],
+                                    uint32 key_scale, const Lane& lane) {
+        // The scales of this lane's two columns of scores, 2t and 2t + 1, lie in the quads of those keys.
+        float of_key[2];
+        for (int c = 0; c < 2; ++c) {
+            of_key[c] = scale(__shfl_sync(0xffffffff, key_scale, 4 * (2 * lane.t + c) + KeyTile), Step);
+        }
+        for (int m = 0; m < HeadTiles; ++m) {
+            float products[4] = {};
+            ptx::mma_e4m3(products, query[m][Step], key[2 * Step], key[2 * Step + 1]);
+            for (int i = 0; i < 4; ++i) {
+                scores[m][i] += products[i] * scale(query_scales.word[m][i / 2], Step) * of_key[i % 2];
+            }
+        }
+    }
+
+    __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * (lane.t % 2) + lane.g; }
+    __device__ static float finish(float sum, uint32) { return sum * 4096; }
+};

@@ -1,0 +1,198 @@
+"""Launcher of logits.cuh: configuration, parameters, grid."""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..jit import Kernel, launch
+from .windows import Windows
+
+TILE = 16  # keys that a warp takes at a time
+_BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
+
+
+class Params(ctypes.Structure):
+    """Field by field as in logits.cuh."""
+
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        ("query_scales", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("schedule", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("weights_stride", ctypes.c_int64),
+        ("logits_stride", ctypes.c_int64),
+        ("page_stride", ctypes.c_uint32),
+        ("rows_per_group", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("windows", Windows),
+    ]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the kernel is compiled for.
+
+    page       keys of a page; 0: ragged
+    alignment  of every row of queries and keys, in bytes: the widest load is one of so many
+    """
+
+    arch: str
+    fp4: bool
+    heads: int
+    dim: int
+    page: int
+    weights: torch.dtype
+    logits: torch.dtype
+    alignment: int = 32
+
+    @property
+    def block_scaled(self) -> bool:
+        """Whether the block-scaled MMA does the work. FP4 has no other; on GeForce it runs FP8 twice as fast as the
+        plain form does, on PRO cards as fast (`DG_SM120_FP8_MMA` = plain or block_scaled decides otherwise)."""
+        if not self.arch.startswith("sm_12"):
+            return False
+        return self.fp4 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
+
+    @property
+    def warps(self) -> int:
+        """Of a block, and of an SM: as many as the registers of resident queries allow."""
+        if self.arch.startswith("sm_12"):
+            return 12 if self.heads * self.dim > 4096 and not self.fp4 else 16
+        return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
+
+    @property
+    def kernel(self) -> Kernel:
+        return _kernel(self, self.block_scaled)
+
+
+configure = cache(Config)  # of the same arguments the same object, which knows its kernel
+
+_NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
+
+
+@cache
+def _kernel(config: Config, block_scaled: bool) -> Kernel:
+    if not config.fp4:
+        vector = min(config.alignment, 32 if config.arch.startswith(("sm_10", "sm_11", "sm_12")) else 16)
+        format = f"Fp8<{config.dim}, {str(block_scaled).lower()}, {vector}>"
+    else:
+        format = f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
+    (weights, weight), (logits, logit) = _NUMBER[config.weights], _NUMBER[config.logits]
+    name = "_".join(
+        [
+            "fp4" if config.fp4 else "fp8" if block_scaled else "fp8_plain",
+            f"paged{config.page}" if config.page else "ragged",
+            f"mqa_logits_h{config.heads}_d{config.dim}_a{config.alignment}_{weights}_{logits}",
+        ]
+    )
+    indexer = f"Indexer<{format}, {config.heads}, {config.page}, {weight}, {logit}, {config.warps}>"
+    return Kernel(name, "logits.cuh", f"    {indexer}::run(p);", 32 * config.warps, Params)
+
+
+def alignment(*bytes: int) -> int:
+    """The largest power of two, up to 32, that divides all of them."""
+    together = 32
+    for count in bytes:
+        together |= count
+    return together & -together
+
+
+def rows_per_group(config: Config, rows: int, next_n: int, slots: int) -> int:
+    """How many neighbouring rows a block of the paged kernel takes at once.
+
+    Rows by the thousand are a prefill: neighbours see the same keys, which should leave L2 once. Rows that hardly fill
+    the chip are a decode step, whose requests have nothing in common.
+    """
+    return max(1, config.warps // next_n) if rows >= 2 * slots else 1
+
+
+def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
+    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split to fill the chip."""
+    groups = -(-rows // config.warps)
+    parts = -(-_BLOCKS_PER_SM * num_sms // groups)
+    return groups, max(1, min(parts, -(-keys // (TILE * config.warps)), 65535))
+
+
+def paged(
+    config: Config,
+    slots: int,
+    *,
+    query: torch.Tensor,
+    query_scales: torch.Tensor | None,
+    weights: torch.Tensor,
+    kv_cache: torch.Tensor,
+    page_stride: int,
+    block_table: torch.Tensor,
+    schedule_meta: torch.Tensor,
+    context_lens: torch.Tensor,
+    windows: Windows,
+    out: torch.Tensor,
+) -> None:
+    """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_paged_mqa_logits`."""
+    parameters = Params(
+        query=query.data_ptr(),
+        query_scales=query_scales.data_ptr() if config.fp4 else None,
+        weights=weights.data_ptr(),
+        keys=kv_cache.data_ptr(),
+        block_table=block_table.data_ptr(),
+        schedule=schedule_meta.data_ptr(),
+        logits=out.data_ptr(),
+        table_stride=block_table.stride(0),
+        weights_stride=weights.stride(0),
+        logits_stride=out.stride(0),
+        page_stride=page_stride,
+        rows_per_group=rows_per_group(config, windows.rows, windows.next_n, slots),
+        windows=windows,
+    )
+    inputs = {
+        "q": query,
+        "q scales": query_scales,
+        "weights": weights,
+        "kv_cache": kv_cache,
+        "context_lens": context_lens,
+        "block_table": block_table,
+        "schedule_meta": schedule_meta,
+    }
+    launch(config.kernel, out.device, (slots, 1), parameters, inputs, {"logits": out})
+
+
+def ragged(
+    config: Config,
+    num_sms: int,
+    columns: int,
+    *,
+    query: torch.Tensor,
+    query_scales: torch.Tensor | None,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    key_scales: torch.Tensor,
+    bounds: Mapping[str, torch.Tensor],
+    windows: Windows,
+    out: torch.Tensor,
+) -> None:
+    """Starts the kernel on checked arguments, shapes as in `attention.fp8_fp4_mqa_logits`. `columns` > 0: compressed."""
+    parameters = Params(
+        query=query.data_ptr(),
+        query_scales=query_scales.data_ptr() if config.fp4 else None,
+        weights=weights.data_ptr(),
+        keys=keys.data_ptr(),
+        key_scales=key_scales.data_ptr(),
+        logits=out.data_ptr(),
+        weights_stride=weights.stride(0),
+        logits_stride=out.stride(0),
+        rows_per_group=config.warps,
+        columns=columns,
+        windows=windows,
+    )
+    inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}
+    grid = shares(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
+    launch(config.kernel, out.device, grid, parameters, inputs, {"logits": out})

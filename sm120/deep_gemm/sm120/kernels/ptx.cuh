@@ -1,0 +1,92 @@
+// Thin wrappers around the PTX instructions that C++ has no name for, each named after its instruction; the numbers are
+// sections of the PTX ISA 9.0. Loads are volatile, so that none moves above griddepcontrol.wait.
+#pragma once
+
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using int64 = long long;
+
+namespace ptx {
+
+// 9.7.13.13 griddepcontrol: wait for the kernels that this one depends on, and let the next one be set up meanwhile.
+__device__ inline void griddepcontrol() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 9.7.9.9 ld.global.nc: `Words` words of 4 bytes, naturally aligned as a whole. 8 words at once exist since SM100.
+template <int Words>
+__device__ inline void load(uint32* words, const void* address) {
+    if constexpr (Words == 8) {
+        asm volatile("ld.global.nc.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]),
+                       "=r"(words[4]), "=r"(words[5]), "=r"(words[6]), "=r"(words[7]) : "l"(address));
+    } else if constexpr (Words == 4) {
+        asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(address));
+    } else if constexpr (Words == 2) {
+        asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(address));
+    } else {
+        static_assert(Words == 1);
+        asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(words[0]) : "l"(address));
+    }
+}
+
+__device__ inline uint32 load_word(const void* address) {
+    uint32 word;
+    load<1>(&word, address);
+    return word;
+}
+
+__device__ inline uint32 load_half(const void* address) {
+    uint16 half;
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(address));
+    return half;
+}
+
+// 9.7.9.22 cvt.rn.bf16
+struct bf16 {
+    uint16 bits;
+    __device__ explicit bf16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+};
+
+// 9.7.4 max.NaN: a NaN stays a NaN, as in torch's relu; fmaxf would turn it into 0. The price is the same.
+__device__ inline float relu(float x) {
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 9.7.14.5 mma.sync: d[16, 8] += a[16, k] * b[k, 8]. With g = lane / 4 and t = lane % 4 a lane holds of d
+// {[g][2t], [g][2t+1], [g+8][2t], [g+8][2t+1]}, of a rows {g, g+8, g, g+8} (the last two in the upper half of k), and of b
+// column g (lower and upper half of k). 8-bit: k = 32, the lane's bytes stand at 4t; 4-bit: k = 64, its nibbles at 8t.
+
+__device__ inline void mma_e4m3(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same product through the block-scaled unit, every scale 127 = 2^0: twice as fast as the plain form on GeForce.
+__device__ inline void mma_e4m3_block_scaled(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, uint32 ones) {
+    asm("mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32.e4m3.e4m3.f32.ue8m0 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, 0}, {%10}, {0, 0};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(ones));
+}
+
+// One scale per 32 elements. Bytes `Byte` and `Byte + 1` of a scale word belong to the two halves of k. The scales of rows
+// g and g+8 come from lanes t = 2 * ALane and 2 * ALane + 1 of their quad, the scale of column g from its lane t = BLane.
+template <int Byte, int ALane, int BLane>
+__device__ inline void mma_e2m1(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, uint32 a_scale, uint32 b_scale) {
+    asm("mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::2X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue8m0 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {%12, %13}, {%11}, {%12, %14};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(a_scale), "r"(b_scale),
+          "n"(Byte), "n"(ALane), "n"(BLane));
+}
+
+}  // namespace ptx

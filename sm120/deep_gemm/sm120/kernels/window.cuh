@@ -1,0 +1,34 @@
+// Which keys a query token sees: the half-open range [begin, end). The same for logits, their schedule and their cleaning.
+#pragma once
+
+#include "ptx.cuh"
+
+struct Window { int begin, end; };
+
+struct Windows {
+    const int* starts;       // [tokens] first key                               ragged; else null: 0
+    const int* ends;         // [rows][lengths_per_row] context lengths          paged
+                             // [tokens] one past the last key                   ragged
+    int rows;                // paged: rows of the block table; ragged: tokens
+    int next_n;              // tokens a row; ragged: 1
+    int lengths_per_row;     // next_n, or 1: the row's last token sees `length` keys, the one before it one less
+    int limit;               // no window reaches past it: max_context_len, or the keys there are
+
+    __device__ Window of(int token) const {
+        int end;
+        if (lengths_per_row == next_n) {
+            end = ends[token];
+        } else {
+            const int row = token / next_n;
+            end = ends[row] - (next_n - 1 - (token - row * next_n));
+        }
+        return {starts ? max(starts[token], 0) : 0, max(0, min(end, limit))};
+    }
+
+    // The keys of a row's longest token.
+    __device__ int longest(int row) const {
+        int length = 0;
+        for (int i = 0; i < lengths_per_row; ++i) length = max(length, ends[row * lengths_per_row + i]);
+        return min(length, limit);
+    }
+};

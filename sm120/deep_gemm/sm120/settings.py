@@ -1,0 +1,35 @@
+"""How many SMs schedules are made for."""
+
+import torch
+
+from .checks import integer
+
+# Without a GPU the emulated card is an RTX PRO 6000.
+EMULATED_SMS = 188
+
+_num_sms: int | None = None
+
+
+def get_num_sms() -> int:
+    """SMs that a schedule should be made for: what `set_num_sms` was given, else all that the current device has."""
+    if _num_sms is not None:
+        return _num_sms
+    gpu = torch.cuda.is_available()
+    return sms_of(torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
+
+
+def set_num_sms(num_sms: int) -> None:
+    """Sets what `get_num_sms` returns, so that the rest of the device is left to other work.
+
+    Raises RuntimeError if it is not from 1 to the device's number of SMs.
+    """
+    global _num_sms
+    at_most = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 2**16
+    _num_sms = integer("num_sms", num_sms, 1, at_most)
+
+
+def sms_of(device: torch.device) -> int:
+    """SMs of `device`."""
+    if device.type == "cpu":
+        return EMULATED_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
