@@ -28,11 +28,13 @@ INDEXER = [
     "fp8_fp4_mqa_logits",
 ]
 OURS = [name for name in (*INDEXER, "set_num_sms", "get_num_sms") if hasattr(sm120, name)]
-# The bounds of the ragged functions have two names, and each is taken by all of them.
-ALIASES = {"cu_seq_len_k_start": "ks", "cu_seq_len_k_end": "ke"}
-SGLANG_DEFAULTS = {
-    "clean_logits": False
-}  # where `main` and the pinned wheel differ, the pinned wheel's default is ours
+# Where `main` and the pinned wheel differ, the pinned wheel's default is ours.
+PINNED_DEFAULTS = {"clean_logits": False}
+
+
+def canonical(name: str) -> str:
+    """The bounds of the ragged functions have two names."""
+    return {"cu_seq_len_k_start": "ks", "cu_seq_len_k_end": "ke"}.get(name, name)
 
 
 def python_signature(source: str, name: str) -> dict[str, Any]:
@@ -55,28 +57,17 @@ def pybind_signature(source: str, name: str) -> dict[str, Any]:
 
 
 def check(ours: Callable, upstream: dict[str, Any]) -> None:
-    """Everything that upstream's signature takes, `ours` takes, under the same name, in the same place, with the same
-    default; what it takes beyond that has a default and comes later."""
-    signature = inspect.signature(ours)
-    canonical = {name: ALIASES.get(name, name) for name in upstream}
-    values = {name: object() for name in upstream}
-
-    by_position = signature.bind(*values.values()).arguments
-    bound = {ALIASES.get(name, name): value for name, value in by_position.items()}
-    assert bound == {canonical[name]: value for name, value in values.items()}
-
-    signature.bind(**values)  # every name of upstream's is a name of ours
-    for name, default in upstream.items():
-        parameter = signature.parameters[name]
-        if default is REQUIRED:
-            # A bound may come under either name, so neither parameter is required by Python itself.
-            assert parameter.default is REQUIRED or (
-                name in (*ALIASES, *ALIASES.values()) and parameter.default is None
-            )
-        else:
-            assert parameter.default == default, name
-    extra = [parameter for name, parameter in signature.parameters.items() if name not in values]
+    """`ours` takes what upstream takes, by position and by name, with the same defaults; what it takes beyond that
+    comes later and has a default."""
+    parameters = list(inspect.signature(ours).parameters.values())
+    shared, extra = parameters[: len(upstream)], parameters[len(upstream) :]
+    assert [(canonical(parameter.name), parameter.default) for parameter in shared] == [
+        (canonical(name), default) for name, default in upstream.items()
+    ]
+    assert all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in shared)
     assert all(parameter.default is not REQUIRED for parameter in extra)
+    with pytest.raises(RuntimeError):  # an argument is refused; a name that is not taken would be a TypeError
+        ours(**{name: object() for name in upstream})
 
 
 @pytest.mark.skipif(not PINNED.exists(), reason="upstream's package is not in this build")
@@ -89,7 +80,7 @@ def test_the_pinned_wheel(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OURS if name in INDEXER])
 def test_the_submodule(name: str) -> None:
     upstream = pybind_signature(SUBMODULE.read_text(), name)
-    check(getattr(deep_gemm, name), {n: SGLANG_DEFAULTS.get(n, default) for n, default in upstream.items()})
+    check(getattr(deep_gemm, name), {n: PINNED_DEFAULTS.get(n, default) for n, default in upstream.items()})
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if name.endswith("_logits")])

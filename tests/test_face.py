@@ -107,8 +107,10 @@ def test_vllm_s_package_is_the_second_choice(vllm: Path) -> None:
 @pytest.mark.parametrize("loaded_before", [True, False])
 def test_settings_stay_in_step(vllm: Path, loaded_before: bool) -> None:
     code = f"""if True:
+        from types import SimpleNamespace
         import torch, deep_gemm
-        torch.cuda.is_available = lambda: True  # as upstream's setter needs it
+        torch.cuda.is_available = lambda: True  # a card of 188 SMs
+        torch.cuda.get_device_properties = lambda *device: SimpleNamespace(multi_processor_count=188)
         load = lambda: deep_gemm.fp8_gemm_nt
         {loaded_before} and load()
         deep_gemm.set_num_sms(42)
