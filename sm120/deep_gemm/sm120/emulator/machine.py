@@ -19,7 +19,7 @@ from .formats import UNSIGNED
 from .lanes import WARP, Lanes
 from .memory import SHARED_START, Access, Buffer, GlobalMemory, Scratch, Traffic
 from .operands import Step, translate
-from .parser import Instruction, Kernel, Parser, Sym, Variable
+from .parser import Instruction, Kernel, Parser, Variable
 
 LANES_PER_WAVE = 8192  # registers of 32 KB: a few fit the first cache level, a kernel's working set the second
 BARRIERS = 16
@@ -181,14 +181,13 @@ class _Launch:
         self.sanitizer = sanitize
         self.observers = [observer for observer in (self.traffic, sanitize) if observer is not None]
         variables = {**module.variables, **kernel.variables}
-        used = {name for i in kernel.instructions for name in _names(i.operands)}
-        self.shared_bytes = self._layout(variables, used, "shared", SHARED_START) - SHARED_START + shared_bytes
+        self.shared_bytes = self._layout(variables, "shared", SHARED_START) - SHARED_START + shared_bytes
         self.dynamic_bytes = shared_bytes
-        self.local_bytes = self._layout(variables, used, "local", 0)
+        self.local_bytes = self._layout(variables, "local", 0)
 
-    def _layout(self, variables: dict[str, Variable], used: set[str], space: str, end: int) -> int:
+    def _layout(self, variables: dict[str, Variable], space: str, end: int) -> int:
         """Give the space's variables their addresses, unsized ones last; returns the end."""
-        mine = [v for v in variables.values() if v.space == space and (v.name in used or space == "local")]
+        mine = [v for v in variables.values() if v.space == space and v.name in self.kernel.names]
         for variable in sorted(mine, key=lambda v: v.nbytes == 0):
             align = max(variable.align, 16 if variable.nbytes else 128)
             end = -(-end // align) * align
@@ -205,15 +204,6 @@ class _Launch:
         counters.bytes_read.update(self.memory.read)
         counters.bytes_written.update(self.memory.written)
         return counters
-
-
-def _names(operands):
-    """The symbols among operands."""
-    for operand in operands:
-        if isinstance(operand, Sym):
-            yield operand.name
-        elif isinstance(operand, tuple):
-            yield from _names(operand)
 
 
 @dataclass

@@ -123,6 +123,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     registers: int = 0
     directives: str = ""
+    names: set[str] = field(default_factory=set)  # of variables, labels and special registers in its operands
 
     def block_limit(self) -> int | None:
         """Most threads a block may have, by .maxntid or .reqntid."""
@@ -371,7 +372,10 @@ class Body:
         if first == "%" or first.isalpha() or first in "_$":
             if "|" in text:
                 return Pair(*(self._operand(half.strip(), position) for half in text.split("|")))
-            return self._register(text, position, missing=Sym(text))
+            found = self._register(text, position, missing=Sym(text))
+            if isinstance(found, Sym):
+                self.kernel.names.add(text)
+            return found
         if first == "[":
             return self._address(text[1:-1].strip(), position)
         if first == "{":

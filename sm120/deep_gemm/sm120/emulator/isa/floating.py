@@ -135,14 +135,14 @@ def fma32(a, b, c):
     The product is exact in float64 and the sum is rounded there first, which matters only if it lands midway between
     two float32 (or below their normal range): those lanes are done again with care.
     """
-    product = a.astype(np.float64) * b
+    product = np.atleast_1d(a.astype(np.float64) * b)
     total = product + c
     result = total.astype(np.float32)
     risky = (total.view(np.uint64) & _BELOW_F32) == _MIDWAY
     risky |= (np.abs(result) <= _TINY) & (total != 0)
     if risky.any():
-        careful = narrow(add_odd(product, np.asarray(c, np.float64)), np.float32, "rn")
-        result = np.where(risky, careful, result)
+        product, c = np.broadcast_arrays(product, c)
+        result[risky] = add_odd(product[risky], c[risky].astype(np.float64)).astype(np.float32)
     return result
 
 

@@ -7,32 +7,35 @@ mma"); with group g = lane / 4, thread t = lane % 4, and e elements to a 32-bit 
     b   column g,          k = e t + j + 4 e r
     d   row g + 8 (r / 2), column 2 t + r % 2          (r counts single elements)
 
-Everything else is one loop for all kinds: registers -> elements -> float32 matrices -> matmul -> registers.
-Products of elements of at most 8 bits are exact in float32; the sum is float32.
+Everything else is one loop for all kinds: registers -> units of 16 bits in the matrix's order -> float32 matrices by
+table -> matmul -> registers.  Products of elements of at most 8 bits are exact in float32; the sum is float32.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import numpy as np
 
 from ..formats import DECODE, TYPES, bf16_to_f32
 from ..operands import opcode, reader, warp_step, writer
-from ..parser import Instruction, Vec
+from ..parser import Instruction, Reg, Vec
 
 B32, F32 = TYPES["b32"], TYPES["f32"]
+NIBBLES = "e2m1 packed"  # as in the mxf4 kinds; elsewhere an e2m1 element has a byte to itself
 BITS = {"e4m3": 8, "e5m2": 8, "e3m2": 8, "e2m3": 8, "e2m1": 8, "f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8}
+BITS[NIBBLES] = 4
 
 
 def a_element(lane: int, register: int, element: int, per: int) -> tuple[int, int]:
-    """(row, k)"""
+    """(row, k) of an element, ``per`` elements to a register."""
     return lane // 4 + 8 * (register % 2), per * (lane % 4) + element + 4 * per * (register // 2)
 
 
 def b_element(lane: int, register: int, element: int, per: int) -> tuple[int, int]:
-    """(k, column)"""
-    return per * (lane % 4) + element + 4 * per * register, lane // 4
+    """(column, k)"""
+    return lane // 4, per * (lane % 4) + element + 4 * per * register
 
 
 def d_element(lane: int, element: int) -> tuple[int, int]:
@@ -40,80 +43,84 @@ def d_element(lane: int, element: int) -> tuple[int, int]:
     return lane // 4 + 8 * (element // 2), 2 * (lane % 4) + element % 2
 
 
-def gather_order(where, registers: int, per: int, columns: int) -> np.ndarray:
-    """Positions in a warp's elements [32 lanes, registers, per] in the order of the matrix's rows."""
-    order = np.empty(32 * registers * per, np.intp)
-    for lane in range(32):
-        for register in range(registers):
-            for element in range(per):
-                row, column = where(lane, register, element, per)
-                order[row * columns + column] = (lane * registers + register) * per + element
-    return order
-
-
 # [4 elements, 32 lanes] positions in a 16x8 matrix
-D_ORDER = np.array(
-    [[d_element(lane, n)[0] * 8 + d_element(lane, n)[1] for lane in range(32)] for n in range(4)], np.intp
-)
+D_ORDER = np.array([[8 * row + col for row, col in (d_element(lane, n) for lane in range(32))] for n in range(4)])
 
 
-# --- elements of a register ------------------------------------------------------------------------------------------
+# --- elements --------------------------------------------------------------------------------------------------------
 
 
-def decode_nibbles(words: np.ndarray) -> np.ndarray:
-    octets = words.view(np.uint8)
-    return _TWO_E2M1[octets].reshape(*octets.shape[:-1], -1)
+@cache
+def unit_table(name: str) -> np.ndarray:
+    """The elements in 16 bits, for all 65536 values: one record of 1, 2 or 4 float32 each."""
+    units = np.arange(1 << 16, dtype=np.uint16)
+    if name == "f16":
+        elements = units.view(np.float16).astype(np.float32)
+    elif name == "bf16":
+        elements = bf16_to_f32(units)
+    elif name == NIBBLES:
+        elements = DECODE["e2m1"][units[:, None] >> np.arange(0, 16, 4) & 15]
+    elif name in ("s8", "u8"):
+        elements = units.view(np.int8 if name == "s8" else np.uint8).astype(np.float32)
+    elif name == "e2m1":  # the four bits lie in the middle of the byte
+        elements = DECODE["e2m1"][units.view(np.uint8) >> 2]
+    else:
+        elements = DECODE[name][units.view(np.uint8)]
+    elements = np.ascontiguousarray(elements).reshape(1 << 16, -1)
+    record = {1: np.float32, 2: np.complex64, 4: np.complex128}[elements.shape[1]]  # just something of that size
+    return elements.view(record)[:, 0]
 
 
-_TWO_E2M1 = np.stack([DECODE["e2m1"][np.arange(256) & 15], DECODE["e2m1"][np.arange(256) >> 4]], axis=1)
-_PADDED_E2M1 = DECODE["e2m1"][np.arange(256) >> 2 & 15]  # in 8-bit containers the four bits lie in the middle
+def remembered(wave, at, key, registers: list[int], make):
+    """``make()``, or what it returned last time if the lanes and the registers are still the same.
 
-_DECODERS = {
-    "f16": lambda words: words.view(np.float16).astype(np.float32),
-    "bf16": lambda words: bf16_to_f32(words.view(np.uint16)),
-    "tf32": lambda words: (words & np.uint32(0xFFFFE000)).view(np.float32),
-    "s8": lambda words: words.view(np.int8).astype(np.float64),
-    "u8": lambda words: words.view(np.uint8).astype(np.float64),
-    "nibbles": decode_nibbles,
-}
-
-
-def decoder(name: str):
-    """[..., registers] uint32 -> [..., elements] float32"""
-    if name in _DECODERS:
-        return _DECODERS[name]
-    table = _PADDED_E2M1 if name == "e2m1" else DECODE[name]
-    return lambda words: table[words.view(np.uint8)]
+    Stored registers are never changed, only replaced: the same arrays mean the same contents.
+    """
+    now = [wave.registers[number] for number in registers]
+    store = wave.state.setdefault("mma", {})
+    known = store.get(key)
+    if known is not None and known[0] is at and all(map(lambda old, new: old is new, known[1], now)):
+        return known[2]
+    value = make()
+    store[key] = at, now, value
+    return value
 
 
 class Fragment:
-    """Reads one of the operands a, b as matrices, and keeps them while their registers stay the same."""
+    """Operand a or b: one matrix a warp, each row (of b: column) contiguous in k."""
 
-    def __init__(self, i: Instruction, vector: Vec, name: str, per: int, layout, rows: int, columns: int):
+    def __init__(self, i: Instruction, vector: Vec, name: str, layout, rows: int, k: int):
         self.reads = [reader(i, register, B32) for register in vector.items]
-        self.numbers = tuple(getattr(register, "number", None) for register in vector.items)
-        self.decode, self.shape = decoder(name), (rows, columns)
-        self.key = (self.numbers, name, layout)
-        self.order = gather_order(layout, len(self.reads), per, columns)
+        if not all(isinstance(register, Reg) for register in vector.items):
+            raise i.error("matrices must lie in registers")
+        self.registers = [register.number for register in vector.items]
+        self.key = (tuple(self.registers), name, layout)
+        per = 32 // BITS[name]
+        if len(self.reads) * per * 32 != rows * k:
+            raise i.error(f"a fragment of {len(self.reads)} registers does not fill {rows} x {k}")
+        self.name, self.shape = name, (-1, rows, k)
+        self.unit = np.uint32 if name == "tf32" else np.uint16
+        width = 1 if name == "tf32" else 16 // BITS[name]  # elements of a unit
+        # Positions of the matrix's units, row by row, in the warp's registers [32 lanes, registers, units].
+        self.order = np.empty(rows * k // width, np.intp)
+        for position in range(len(self.order)):
+            lane, rest = divmod(position, len(self.order) // 32)
+            register, unit = divmod(rest, per // width)
+            row, column = layout(lane, register, unit * width, per)
+            self.order[(row * k + column) // width] = position
 
     def matrices(self, wave, at) -> np.ndarray:
-        """[warps, rows, columns] float32"""
-        if None in self.numbers:
-            return self._assemble(wave, at)
-        # Stored registers are never changed, only replaced: the same arrays mean the same fragment.
-        now = tuple(wave.registers[number] for number in self.numbers)
-        cache = wave.state.setdefault("fragments", {})
-        known = cache.get(self.key)
-        if known is not None and known[0] is at and all(old is new for old, new in zip(known[1], now)):
-            return known[2]
-        matrices = self._assemble(wave, at)
-        cache[self.key] = (at, now, matrices)
-        return matrices
+        """[warps, rows, k] float32"""
+        return remembered(wave, at, self.key, self.registers, lambda: self._assemble(wave, at))
 
     def _assemble(self, wave, at) -> np.ndarray:
-        words = np.stack([np.broadcast_to(read(wave, at), at.count) for read in self.reads], axis=1)
-        elements = self.decode(words).reshape(at.count // 32, -1)
-        return np.take(elements, self.order, axis=1).reshape(-1, *self.shape)
+        words = np.stack([read(wave, at) for read in self.reads], axis=1)
+        units = words.view(self.unit).reshape(at.count // 32, -1).take(self.order, axis=1)
+        if self.name == "tf32":
+            elements = (units & np.uint32(0xFFFFE000)).view(np.float32)
+        else:
+            elements = unit_table(self.name)[units].view(np.float32)
+        return elements.reshape(self.shape)
 
 
 class Scale:
@@ -124,13 +131,20 @@ class Scale:
     """
 
     def __init__(self, i: Instruction, data, selectors, is_a: bool, blocks: int, table: np.ndarray):
+        if isinstance(data, Vec):
+            (data,) = data.items
         self.read, self.blocks, self.is_a = reader(i, data, B32), blocks, is_a
+        self.key = (data, selectors, is_a, blocks)
+        self.registers = [operand.number for operand in (data, *selectors.items) if isinstance(operand, Reg)]
         self.byte, self.thread = (reader(i, item, TYPES["u16"]) for item in selectors.items)
         self.table = table.astype(np.float64)
         self.instruction = i
 
     def factors(self, wave, at) -> np.ndarray | None:
         """[warps, rows or columns, blocks] float64; None if all are 1."""
+        return remembered(wave, at, self.key, self.registers, lambda: self._factors(wave, at))
+
+    def _factors(self, wave, at) -> np.ndarray | None:
         words = np.ascontiguousarray(np.broadcast_to(self.read(wave, at), at.count)).view(np.uint8).reshape(-1, 8, 4, 4)
         byte, thread = (int(np.max(read(wave, at))) for read in (self.byte, self.thread))
         if byte % self.blocks or byte > 4 - self.blocks or thread > (1 if self.is_a else 3):
@@ -154,17 +168,12 @@ def mma(i: Instruction):
     k = int(shape.group(3))
     tail = i.parts[i.parts.index("col") + 1 :]
     names = [part for part in tail if part in BITS or part in ("f32", "s32")]
-    d_type, a_name, b_name, c_type = names[:4]
+    d_type, a_name, b_name, _ = names[:4]
     scaled = "block_scale" in i.parts
-    nibbles = i.has("kind::mxf4", "kind::mxf4nvf4")
-    if nibbles:
-        a_name = b_name = "nibbles"
-    per = 32 // (4 if nibbles else BITS[a_name])
+    if i.has("kind::mxf4", "kind::mxf4nvf4"):
+        a_name = b_name = NIBBLES
     d, a, b, c, *scales = i.operands
-    left = Fragment(i, a, a_name, per, a_element, 16, k)
-    right = Fragment(i, b, b_name, per, b_element, k, 8)
-    if len(a.items) * per * 2 != k or len(b.items) * per * 4 != k:
-        raise i.error(f"fragments of {len(a.items)} and {len(b.items)} registers do not fit k = {k}")
+    left, right = Fragment(i, a, a_name, a_element, 16, k), Fragment(i, b, b_name, b_element, 8, k)
     add, write = accumulate(i, d, c, d_type)
 
     if scaled:
@@ -180,16 +189,16 @@ def mma(i: Instruction):
             fa, fb = scale_a.factors(wave, at), scale_b.factors(wave, at)
             if fa is not None or fb is not None:
                 return write(wave, at, add(wave, at, scaled_product(x, y, fa, fb, blocks)))
-        return write(wave, at, add(wave, at, x @ y))
+        return write(wave, at, add(wave, at, x @ y.swapaxes(1, 2)))
 
     return warp_step(i, body)
 
 
 def scaled_product(x: np.ndarray, y: np.ndarray, fa, fb, blocks: int) -> np.ndarray:
     """The sum over blocks of k of (x y) times its row's and its column's factor, in float64."""
-    warps, _, k = x.shape
+    warps = len(x)
     x = x.reshape(warps, 16, blocks, -1).swapaxes(1, 2)  # [warps, blocks, 16, k / blocks]
-    y = y.reshape(warps, blocks, k // blocks, 8)
+    y = y.reshape(warps, 8, blocks, -1).transpose(0, 2, 3, 1)
     product = (x @ y).astype(np.float64)
     if fa is not None:
         product *= fa.swapaxes(1, 2)[..., None]

@@ -27,11 +27,9 @@ def members_of(i: Instruction, operand):
         if not (mask.ndim == 0 and mask == ALL):
             outside = (mask & own_bit(wave, at)) == 0
             if outside.any():
-                at_fault = int(np.argmax(outside))
-                raise Fault(
-                    f"lane is not in its own member mask {int(np.atleast_1d(mask)[at_fault if mask.ndim else 0]):#010x}",
-                    int(at.numbers[at_fault]),
-                )
+                first = int(np.argmax(outside))
+                given = int(np.broadcast_to(mask, at.count)[first])
+                raise Fault(f"the lane is not in its own member mask {given:#010x}", int(at.numbers[first]))
         return mask
 
     return members
