@@ -93,18 +93,24 @@ def test_wavefronts_and_classes():
     assert [(i.kind, i.wavefronts) for i in parsed] == list(kinds.values())
 
 
-def test_a_turn_skips_retries_and_takes_the_work():
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_turn_skips_retries_and_takes_the_work(tma):
     nop = ("NOP", word())
     mma = ("QMMA.16832.F32.E4M3.E4M3 R8, R4, R12, RZ", word())
     kernel = function(
-        nop,
+        ("UTMALDG.2D [UR8], [UR4], desc[UR6]", word()) if tma else nop,
         ".L_x_0",  # the loop
         ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R0", word()),
         ("@!P0 BRA `(.L_x_3)", word()),
         ".L_x_1",
         ("@P1 BRA `(.L_x_2)", word()),  # around the work
         mma,
+        ("@P3 BRA `(.L_x_4)", word()),  # around the next keys; with TMA, around bookkeeping
+        ("LDG.E R4, desc[UR4][R2.64]", word()),
+        ".L_x_4",
         mma,
+        ("@P4 BRA `(.L_x_2)", word()),  # around what is no work
+        nop,
         ".L_x_2",
         nop,
         ("@P2 BRA `(.L_x_0)", word()),
@@ -116,7 +122,8 @@ def test_a_turn_skips_retries_and_takes_the_work():
     )
     assert len(kernel.loops()) == 2
     loop = kernel.mma_loop()
-    assert [i.name for i in loop.turn] == ["SYNCS", "BRA", "BRA", "QMMA", "QMMA", "NOP", "BRA"]
+    load = [] if tma else ["LDG"]
+    assert [i.name for i in loop.turn] == ["SYNCS", "BRA", "BRA", "QMMA", "BRA", *load, "QMMA", "BRA", "NOP", "BRA"]
     assert loop.macs == 2 * 4096
 
 
@@ -148,7 +155,7 @@ def test_latency_of_a_turn():
 @pytest.mark.parametrize("mmas", [1, 4, 7])
 def test_a_compiled_kernel(mmas):
     binary = small_kernel(mmas)
-    subject = report.Subject("ours", "small", binary, block_warps=4, math_warps=4)
+    subject = report.Subject("ours", "small", "", binary, block_warps=4, math_warps=4)
     cost = report.cost(subject)
     counts = sass.count(cost.turn)
     assert (counts["mma"], counts["shuffle"], counts["global"], counts["local"]) == (mmas, 1, 1, 0)
@@ -158,8 +165,7 @@ def test_a_compiled_kernel(mmas):
     assert bounds["tensor"] == pytest.approx(512)
     assert cost.bounds(geforce=True)["tensor"] == pytest.approx(1024)
     assert bounds["issue"] == pytest.approx(len(cost.turn) * 32 / mmas)
-    assert bounds["l1"] == pytest.approx(512 / 128 * 4 * 32 / mmas)
-    assert bounds["crossbar"] == pytest.approx(4 * 32 / mmas)
+    assert bounds["memory"] == pytest.approx((512 / 128 + 1) * 4 * 32 / mmas)  # 16 bytes a lane, and the shuffle
     assert cost.spills == 0 and cost.warps == 48
     assert bounds["latency"] * cost.units * 12 >= report.LATENCY["global"]  # the load is not in flight across turns
     assert report.markdown(report.bounds_table([cost])).count("\n") == 2
@@ -168,7 +174,7 @@ def test_a_compiled_kernel(mmas):
 def test_warps_of_an_sm():
     def warps(registers, block, math, shared=0):
         kernel = sass.Function("kernel", (), sass.Resources(registers, 0, 1024 if shared else 0))
-        return report.Cost(report.Subject("ours", "", None, block, math, shared), kernel).warps
+        return report.Cost(report.Subject("ours", "", "", None, block, math, shared), kernel).warps
 
     assert warps(166, 4, 4) == 12
     assert warps(121, 4, 4) == 16
@@ -233,7 +239,9 @@ PEERS = [peer.paged("fp8"), peer.paged("fp4", next_n=2), peer.ragged("fp8"), pee
 @pytest.mark.peer
 @pytest.mark.parametrize("kernel", PEERS, ids=lambda k: k.label)
 def test_the_peers_loops(fetched, kernel):
-    subject = report.Subject("peer", kernel.label, kernel.compile(), 12, 8, kernel.shared_bytes, kernel.copied_bytes)
+    subject = report.Subject(
+        "peer", kernel.label, "", kernel.compile(), 12, 8, kernel.shared_bytes, kernel.copied_bytes
+    )
     cost = report.cost(subject)
     fp4 = "fp4" in kernel.label
     assert (cost.mma_form, cost.per_unit("mma")) == (("OMMA.SF", 16) if fp4 else ("QMMA", 32))

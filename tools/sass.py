@@ -39,8 +39,8 @@ CLASSES = {
     "local": "LDL STL",
     "const": "LDC",
     "tma": "UTMA UBLKCP",
-    "sync": "BAR B2R SYNCS UCGABAR MEMBAR FENCE ERRBAR DEPBAR LDGDEPBAR WARPSYNC CCTL ACQBULK ELECT",
-    "control": "BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK NOP NANOSLEEP YIELD USETMAXREG",
+    "sync": "BAR B2R SYNCS UCGABAR MEMBAR FENCE ERRBAR DEPBAR LDGDEPBAR CCTL ACQBULK ELECT",
+    "control": "WARPSYNC BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK NOP NANOSLEEP YIELD USETMAXREG",
 }
 _PREFIXES = {prefix: kind for kind, names in CLASSES.items() for prefix in names.split()}
 
@@ -218,28 +218,30 @@ class Function:
         return frozenset(i.address for block in body for i in self.blocks[block])
 
     def _turn(self, head: int, body: set[int]) -> tuple[Instruction, ...]:
-        """The way from a loop's head back to it with the most multiply-adds and, among those, the fewest instructions:
-        no second try of a wait, no skipped work, no inner loop but once through."""
+        """The way from a loop's head back to it that does the most: most multiply-adds, among those most bytes loaded,
+        among those fewest instructions, every inner loop once. Where TMA brings the keys, what the loop loads is
+        bookkeeping that few turns need, and does not count: such a kernel is shown from its best side."""
         best: dict[int, tuple] = {}
+        by_tma = any(i.name == "UTMALDG" for i in self.instructions)
 
         def cost(block: int, after: tuple) -> tuple:
             instructions = self.blocks[block]
             macs = sum(i.macs for i in instructions)
-            return after[0] + macs, after[1] - len(instructions), (block, *after[2])
+            loaded = 0 if by_tma else sum(i.bytes for i in instructions if i.name == "LDG")
+            return after[0] + macs, after[1] + loaded, after[2] - len(instructions), (block, *after[3])
 
         def walk(block: int) -> tuple | None:
             if block not in best:
                 ways = self.successors[block]
-                found = [(0, 0, ())] if head in ways else []
+                found = [(0, 0, 0, ())] if head in ways else []
                 for way in ways:
                     backward = way in self._dominators[block]
                     if way in body and not backward and (after := walk(way)) is not None:
                         found.append(after)
-                best[block] = max((cost(block, after) for after in found), default=None, key=lambda c: c[:2])
+                best[block] = max((cost(block, after) for after in found), default=None, key=lambda c: c[:3])
             return best[block]
 
-        _, _, way = walk(head)
-        return tuple(i for block in way for i in self.blocks[block])
+        return tuple(i for block in walk(head)[3] for i in self.blocks[block])
 
 
 def count(instructions: Iterable[Instruction]) -> Counter[str]:
