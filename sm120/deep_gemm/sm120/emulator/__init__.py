@@ -3,13 +3,15 @@
     module = Module(ptx_text)
     counters = module.launch("kernel", grid=(8,), block=(256,), params=[x.ctypes.data, n], buffers=[Buffer.of(x, "x")])
 
+`with recording() as launches:` collects the counters of launches made by others, such as deep_gemm's own functions.
+
 Every access to memory is checked; an error names the PTX line and the first thread at fault.  Read machine.py first
 (how threads run), then operands.py (how an instruction becomes a closure), then the instructions in isa/.
 """
 
-from .counters import Counters
+from .counters import Counters, recording
 from .errors import EmulatorError
 from .machine import Module
 from .memory import Buffer
 
-__all__ = ["Buffer", "Counters", "EmulatorError", "Module"]
+__all__ = ["Buffer", "Counters", "EmulatorError", "Module", "recording"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 
 CLASSES = ("mma", "fp32", "int", "load", "store", "shuffle", "barrier", "branch", "other")
@@ -72,3 +75,23 @@ class Counters:
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+_recordings: ContextVar[tuple[list[Counters], ...]] = ContextVar("recordings", default=())
+
+
+@contextmanager
+def recording() -> Iterator[list[Counters]]:
+    """Collects the Counters of every launch that this thread finishes inside, in order; recordings may nest."""
+    launches: list[Counters] = []
+    token = _recordings.set((*_recordings.get(), launches))
+    try:
+        yield launches
+    finally:
+        _recordings.reset(token)
+
+
+def record(counters: Counters) -> None:
+    """Adds a launch to the recordings that are open."""
+    for launches in _recordings.get():
+        launches.append(counters)

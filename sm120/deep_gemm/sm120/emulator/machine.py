@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import isa  # noqa: F401  (fills the instruction table)
-from .counters import Counters
+from .counters import Counters, record
 from .errors import EmulatorError, Fault
 from .formats import UNSIGNED
 from .lanes import WARP, Lanes
@@ -203,6 +203,7 @@ class _Launch:
                 counters.threads[i.opcode] += threads
         counters.bytes_read.update(self.memory.read)
         counters.bytes_written.update(self.memory.written)
+        record(counters)
         return counters
 
 
