@@ -2,6 +2,7 @@
 # make test     the tests (ARGS="-k metadata")
 # make wheel    the wheel, into dist/
 # make lint     the style check
+# make test-clients  SGLang's own classes on our wheel, in an environment of their own (Python 3.11 or later)
 # make test-wheel  the full wheel where upstream's library loads: in an environment of its own, 5.5 GB
 # make clean    removes the environments and what was built
 # DG_UPSTREAM=none with any of them: without upstream's package, nothing of it is fetched.
@@ -13,7 +14,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test wheel lint test-wheel clean
+.PHONY: demo test wheel lint test-clients test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -29,11 +30,15 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+test-clients: $(VENV)-clients/.ready dist/.$(KIND)
+	$(VENV)-clients/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	$(VENV)-clients/bin/python -m pytest tests/client_sglang.py $(ARGS)
+
 test-wheel: $(VENV)-wheel/.ready dist/.full
 	$(VENV)-wheel/bin/python -m pytest tests/full_wheel.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist sm120/*.egg-info
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-wheel build dist sm120/*.egg-info
 
 # The third-party packages; their versions are in requirements.txt alone.
 $(VENV)/.requirements: requirements.txt
@@ -52,8 +57,15 @@ $(VENV)/.$(KIND): dist/.$(KIND)
 	rm -f $(VENV)/.lean $(VENV)/.full
 	touch $@
 
-# PyTorch's CUDA build, of the release that upstream's library is built against.
+$(VENV)-clients/.ready: requirements.txt requirements-clients.txt
+	test -x $(VENV)-clients/bin/pip || $(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/pip install --quiet --requirement requirements.txt
+	$(VENV)-clients/bin/pip install --quiet --no-deps --requirement requirements-clients.txt
+	touch $@
+
+# PyTorch's CUDA build, of the release that upstream's library is built against, and the test runner.
 $(VENV)-wheel/.ready: requirements.txt
 	test -x $(VENV)-wheel/bin/pip || $(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/pip install --quiet torch==2.14.1 $(shell grep ^pytest= requirements.txt)
+	grep -E '^(pytest|hypothesis)==' requirements.txt | \
+		$(VENV)-wheel/bin/pip install --quiet --requirement /dev/stdin torch==2.14.1
 	touch $@
