@@ -150,9 +150,9 @@ def poisoned(
     return whole[:, :columns]
 
 
-def check(logits: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None, cleaned: bool = False) -> float:
-    """Compares logits with float64 inside the windows (where `expected` is not -inf); outside they must still be poison,
-    or -inf if they were cleaned. Returns the relative norm error. bf16 logits may be half a unit in the last place off."""
+def check(logits: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0, cleaned: bool = False) -> float:
+    """Compares logits with float64 inside the windows (where `expected` is not -inf); outside they must still be
+    poison, or -inf if they were cleaned. Returns the relative norm error. bf16 logits may be off by rounding."""
     assert logits.shape == expected.shape, (logits.shape, expected.shape)
     inside = expected != -torch.inf
     outside = logits[~inside]
@@ -171,8 +171,9 @@ def check(logits: torch.Tensor, expected: torch.Tensor, tolerance: float | None 
     if not error < tolerance:
         worst = (got - want).abs().argmax()
         row, column = inside.nonzero()[finite][worst].tolist()
+        worst_got, worst_want = got[worst].item(), want[worst].item()
         raise AssertionError(
             f"relative norm error {error:.3g} (allowed {tolerance:.3g}); the worst is logits[{row}, {column}]: "
-            f"{got[worst].item()} ({got[worst].item().hex()}), expected {want[worst].item()} ({want[worst].item().hex()})"
+            f"{worst_got} ({worst_got.hex()}), expected {worst_want} ({worst_want.hex()})"
         )
     return error

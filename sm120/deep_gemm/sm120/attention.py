@@ -32,6 +32,7 @@ _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _E4M3, _PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
 _DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
 _INT32 = (torch.int32,)
+_LARGEST_PAGE = 2**16
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -51,7 +52,8 @@ def get_paged_mqa_logits_metadata(
     more; past the last split an entry is (batch, 0). Any batch size; graph-safe.
     """
     _lengths(context_lens, context_lens.device if isinstance(context_lens, torch.Tensor) else None)
-    _page(block_kv)
+    if checks.integer("block_kv", block_kv, 16, _LARGEST_PAGE) % 16:
+        refuse("block_kv", block_kv, "a multiple of 16")
     checks.integer("num_sms", num_sms, 1, 2**24)
     _indices(indices, context_lens)
     schedule = torch.empty((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
@@ -234,7 +236,7 @@ def _either_generation_of_ragged(clean_logits: Any, max_seqlen_k: Any) -> tuple[
     return False, clean_logits
 
 
-# ---- arguments that several functions share ---------------------------------------------------------------------------
+# ---- arguments that several functions share -------------------------------------------------------------------------
 
 
 class Query(NamedTuple):
@@ -252,6 +254,8 @@ def _query(q: Any, dimensions: int) -> tuple[bool, Query]:
     sizes = ("batch", "next_n") if dimensions == 4 else ("seq_len",)
     if not isinstance(values, torch.Tensor):
         refuse("q", q, "a tensor, (tensor, None) or (tensor, scales)")
+    if values.device.type not in ("cpu", "cuda"):
+        refuse("q", values, "a tensor on the CPU or a CUDA device")
     shape = (*sizes, "heads", "dim / 2" if fp4 else "dim")
     checks.tensor("q", values, _PACKED_E2M1 if fp4 else _E4M3, shape, values.device)
     checks.contiguous("q", values)
@@ -270,13 +274,6 @@ def _weights(weights: Any, rows: int, query: Query) -> torch.Tensor:
     if weights.stride(1) != 1:
         refuse("weights", weights, "stride 1 in the last dimension")
     return weights
-
-
-def _page(block_kv: Any) -> int:
-    checks.integer("block_kv", block_kv, 16, 2**16)
-    if block_kv % 16:
-        refuse("block_kv", block_kv, "a multiple of 16")
-    return block_kv
 
 
 def _lengths(context_lens: Any, device: Any, batch: int | str = "batch", next_n: int | str = "next_n") -> None:
@@ -318,7 +315,9 @@ def _paged(
     row_bytes = values.shape[-1]
 
     checks.tensor("kv_cache", kv_cache, (torch.uint8,), ("pages", "block_kv", 1, row_bytes + 4), device)
-    page = _page(kv_cache.shape[1])
+    page = kv_cache.shape[1]
+    if page % 16 or not 16 <= page <= _LARGEST_PAGE:
+        refuse("kv_cache", kv_cache, f"pages of a multiple of 16 keys, up to {_LARGEST_PAGE}")
     page_bytes = page * (row_bytes + 4)
     page_stride = kv_cache.stride(0) if kv_cache.shape[0] > 1 else page_bytes
     if kv_cache.stride()[1::2] != (row_bytes + 4, 1) or not page_bytes <= page_stride < 2**32 or page_stride % 4:

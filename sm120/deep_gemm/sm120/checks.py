@@ -15,7 +15,7 @@ def refuse(argument: str, got: Any, expected: str) -> NoReturn:
 
 
 def tensor(argument: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple, device: Any) -> torch.Tensor:
-    """`value`, if it is a tensor of one of `dtypes` on `device`, and of `shape`: sizes, or names for those left open."""
+    """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`: sizes, or names for those left open."""
     if (
         not isinstance(value, torch.Tensor)
         or value.dtype not in dtypes

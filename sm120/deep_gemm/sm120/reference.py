@@ -6,7 +6,7 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, 
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-    """Float64 [..., dim] of e4m3 [..., dim] times fp32 [...], or of packed e2m1 [..., dim / 2] times UE8M0 words [...]."""
+    """Float64 [..., dim]: e4m3 [..., dim] times fp32 [...], or packed e2m1 [..., dim / 2] times UE8M0 words [...]."""
     if values.dtype == torch.float8_e4m3fn:
         numbers = values.double()
         return numbers if scales is None else numbers * scales.double().unsqueeze(-1)

@@ -1,0 +1,211 @@
+"""What is refused: before anything is written, by an error that names the argument, what came and what was expected."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import POISON, Paged, Ragged, poisoned
+
+import deep_gemm
+from deep_gemm.sm120 import ArgumentError
+
+PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
+RAGGED = ("q", "kv", "weights", "ks", "ke")
+
+
+def paged_arguments(fp4: bool = False) -> dict:
+    problem = Paged([40, 0, 100], next_n=2, heads=16, fp4=fp4)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 48)
+    return dict(zip(PAGED, problem.arguments(schedule)))
+
+
+def ragged_arguments(fp4: bool = False) -> dict:
+    return dict(zip(RAGGED, Ragged([0, 3], [5, 9], 20, heads=16, fp4=fp4).arguments()))
+
+
+def refused(function: Callable, arguments: dict, rows: int, columns: int, *words: str) -> None:
+    """`function` raises, its message has all `words`, and nothing was written."""
+    out = poisoned(rows, columns)
+    arguments = {"out": out, **arguments}
+    with pytest.raises(ArgumentError) as caught:
+        function(**arguments)
+    assert isinstance(caught.value, RuntimeError)
+    for word in ("expected", "got", *words):
+        assert word in str(caught.value), str(caught.value)
+    assert (out == POISON).all()
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, every second element of a larger tensor."""
+    wide = torch.empty((*tensor.shape, 2), dtype=tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+WRONG_PAGED = {
+    "q": [
+        (lambda q: q.float(), "float8_e4m3fn"),
+        (lambda q: q[:, :, :12].contiguous(), "8, 16, ... 64 heads"),
+        (lambda q: q.repeat(1, 1, 5, 1), "heads"),
+        (lambda q: q[..., :96].contiguous(), "head dim"),
+        (lambda q: q[0], "[batch, next_n, heads, dim]"),
+        (lambda q: q.transpose(1, 2).contiguous().transpose(1, 2), "contiguous"),
+        (lambda q: q.to("meta"), "on the CPU or a CUDA device"),
+        (lambda q: None, "None"),
+        (lambda q: (q, None, None), "tensor"),
+    ],
+    "kv_cache": [
+        (lambda kv: kv.view(torch.int8), "uint8"),
+        (lambda kv: kv[..., :128], "132"),
+        (lambda kv: kv[:, :40], "a multiple of 16 keys"),
+        (lambda kv: kv.squeeze(2), "[pages, block_kv, 1, 132]"),
+        (lambda kv: kv.transpose(0, 1).contiguous().transpose(0, 1), "whole pages"),
+        (lambda kv: kv.to("meta"), "meta"),
+    ],
+    "weights": [
+        (lambda w: w.double(), "float32"),
+        (lambda w: w[:5], "[6, 16]"),
+        (lambda w: w[:, :8], "[6, 16]"),
+        (lambda w: w.T.contiguous().T, "stride 1"),
+    ],
+    "context_lens": [
+        (lambda lens: lens.long(), "int32"),
+        (lambda lens: lens[:2], "[3]"),
+        (lambda lens: lens[:, None], "[3, 2]"),
+        (lambda lens: strided(lens), "contiguous"),
+        (lambda lens: lens.tolist(), "int32 tensor"),
+    ],
+    "block_table": [
+        (lambda table: table.long(), "int32"),
+        (lambda table: table[:2], "[3, columns]"),
+        (lambda table: strided(table), "stride 1"),
+    ],
+    "schedule_meta": [
+        (lambda schedule: schedule.long(), "int32"),
+        (lambda schedule: schedule[:1], "num_sms + 1"),
+        (lambda schedule: schedule[:, :1], "[num_sms + 1, 2]"),
+        (lambda schedule: strided(schedule), "contiguous"),
+        (lambda schedule: None, "None"),
+    ],
+    "max_context_len": [
+        (lambda columns: -1, "int from 0"),
+        (lambda columns: 100.0, "100.0 (float)"),
+        (lambda columns: True, "True (bool)"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "argument, change, word", [(name, *case) for name, cases in WRONG_PAGED.items() for case in cases]
+)
+@pytest.mark.parametrize("function", ["fp8_paged_mqa_logits", "fp8_fp4_paged_mqa_logits"])
+def test_paged(function: str, argument: str, change: Callable, word: str) -> None:
+    arguments = paged_arguments()
+    arguments[argument] = change(arguments[argument])
+    refused(getattr(deep_gemm, function), arguments, 6, 100, argument, word)
+
+
+@pytest.mark.parametrize(
+    "argument, value, words",
+    [
+        ("clean_logits", 4096, ["clean_logits", "4096 (int)", "indices"]),
+        ("clean_logits", "yes", ["clean_logits", "'yes'"]),
+        ("logits_dtype", torch.float16, ["logits_dtype", "float16", "bfloat16"]),
+        ("indices", torch.zeros(2, dtype=torch.int32), ["indices", "[3]"]),
+        ("indices", torch.zeros(3, dtype=torch.int32), ["next_n = 1"]),
+        ("out", torch.zeros(6, 99), ["out", "[6, 100]"]),
+        ("out", torch.zeros(6, 100, dtype=torch.bfloat16), ["out", "float32"]),
+        ("out", torch.zeros(100, 6).T, ["out", "stride 1"]),
+        ("out", torch.zeros(1, 100).expand(6, 100), ["out", "overlap"]),
+    ],
+)
+def test_paged_options(argument: str, value: object, words: list[str]) -> None:
+    refused(deep_gemm.fp8_fp4_paged_mqa_logits, {**paged_arguments(), argument: value}, 6, 100, *words)
+
+
+def test_paged_fp4() -> None:
+    arguments = paged_arguments(fp4=True)
+    values, scales = arguments["q"]
+    function = deep_gemm.fp8_fp4_paged_mqa_logits
+    refused(function, {**arguments, "q": (values.float(), scales)}, 6, 100, "q", "int8")
+    refused(function, {**arguments, "q": (values, scales.float())}, 6, 100, "q scales", "int32")
+    refused(function, {**arguments, "q": (values, scales[..., :8])}, 6, 100, "q scales", "[3, 2, 16]")
+    refused(function, {**arguments, "q": (values[..., :16].contiguous(), scales)}, 6, 100, "head dim")
+    refused(deep_gemm.fp8_paged_mqa_logits, arguments, 6, 100, "fp8_fp4_paged_mqa_logits")
+
+
+WRONG_RAGGED = {
+    "q": [
+        (lambda q: q.float(), "float8_e4m3fn"),
+        (lambda q: q[None], "[seq_len, heads, dim]"),
+        (lambda q: q[..., :48].contiguous(), "head dim"),
+    ],
+    "kv": [
+        (lambda kv: kv[0], "(keys, scales)"),
+        (lambda kv: (kv[0].float(), kv[1]), "float8_e4m3fn"),
+        (lambda kv: (kv[0][:, :64], kv[1]), "[seq_len_kv, 128]"),
+        (lambda kv: (kv[0].T.contiguous().T, kv[1]), "contiguous"),
+        (lambda kv: (kv[0], kv[1][:-1]), "[20]"),
+        (lambda kv: (kv[0], kv[1].double()), "float32"),
+    ],
+    "weights": [(lambda w: w[:1], "[2, 16]")],
+    "ks": [(lambda ks: ks.long(), "int32"), (lambda ks: ks[:1], "[2]"), (lambda ks: strided(ks), "contiguous")],
+    "ke": [(lambda ke: ke.float(), "int32"), (lambda ke: ke.to("meta"), "meta")],
+}
+
+
+@pytest.mark.parametrize(
+    "argument, change, word", [(name, *case) for name, cases in WRONG_RAGGED.items() for case in cases]
+)
+@pytest.mark.parametrize("function", ["fp8_mqa_logits", "fp8_fp4_mqa_logits"])
+def test_ragged(function: str, argument: str, change: Callable, word: str) -> None:
+    arguments = ragged_arguments()
+    arguments[argument] = change(arguments[argument])
+    name = {"ks": "cu_seq_len_k_start", "ke": "cu_seq_len_k_end"}.get(argument, argument)
+    refused(getattr(deep_gemm, function), arguments, 2, 20, name, word)
+
+
+@pytest.mark.parametrize(
+    "argument, value, words",
+    [
+        ("clean_logits", 1.0, ["clean_logits", "1.0 (float)", "max_seqlen_k"]),
+        ("max_seqlen_k", -5, ["max_seqlen_k", "-5"]),
+        ("max_seqlen_k", True, ["max_seqlen_k", "True (bool)"]),
+        ("logits_dtype", torch.int32, ["logits_dtype"]),
+        ("out", torch.zeros(2, 21), ["out", "[2, 20]"]),
+    ],
+)
+def test_ragged_options(argument: str, value: object, words: list[str]) -> None:
+    refused(deep_gemm.fp8_fp4_mqa_logits, {**ragged_arguments(), argument: value}, 2, 20, *words)
+
+
+def test_metadata() -> None:
+    lens = torch.zeros(4, 1, dtype=torch.int32)
+    for arguments, words in [
+        ((lens.long(), 64, 188), ["context_lens", "int32"]),
+        ((lens[None], 64, 188), ["context_lens", "[batch, next_n]"]),
+        ((strided(lens), 64, 188), ["context_lens", "contiguous"]),
+        ((None, 64, 188), ["context_lens", "None"]),
+        ((lens, 40, 188), ["block_kv", "multiple of 16"]),
+        ((lens, 0, 188), ["block_kv", "0 (int)"]),
+        ((lens, 64, 0), ["num_sms", "0 (int)"]),
+        ((lens, 64, 188.0), ["num_sms", "188.0 (float)"]),
+        ((lens, 64, 188, lens.long()), ["indices", "int32"]),
+        ((torch.zeros(4, 2, dtype=torch.int32), 64, 188, lens[:, 0]), ["next_n = 1"]),
+    ]:
+        with pytest.raises(ArgumentError) as caught:
+            deep_gemm.get_paged_mqa_logits_metadata(*arguments)
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_num_sms() -> None:
+    before = deep_gemm.get_num_sms()
+    for wrong in (0, -1, 1.5, True, None, 10**9):
+        with pytest.raises(RuntimeError, match="num_sms"):
+            deep_gemm.set_num_sms(wrong)
+    assert deep_gemm.get_num_sms() == before
+    deep_gemm.set_num_sms(20)
+    try:
+        assert deep_gemm.get_num_sms() == 20
+    finally:
+        deep_gemm.set_num_sms(before)
