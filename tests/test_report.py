@@ -152,6 +152,26 @@ def test_latency_of_a_turn():
     assert sass.turn_latency(turn, {"global": 100, "read": 7, "other": 0}) == (15, 116)
 
 
+def test_loads_that_wait_for_each_other():
+    kernel = function(
+        ("LDG.E R2, desc[UR4][R20.64]", word(write=0)),
+        ("LDG.E R3, desc[UR4][R22.64]", word(write=1)),  # at once with the first
+        ("IADD3 R4, R2, R3", word(wait=0b11)),
+        ("@P0 BRA `(.L_x_0)", word()),
+        ("LDG.E R6, desc[UR4][R4.64]", word(write=2)),  # not on the shortest way
+        ("MOV R7, R6", word(wait=0b100)),
+        ".L_x_0",
+        ("LDS R9, [R4]", word(write=3)),
+        ("LDG.E R8, desc[UR4][R4.64]", word(write=0)),
+        ("MOV R9, R9", word(wait=0b1000)),  # waits for shared memory only
+        ("QMMA.16832.F32.E4M3.E4M3 R8, R4, R12, RZ", word(wait=0b1)),
+        ("EXIT", word()),
+    )
+    path = kernel.first_mma()
+    assert path[-1].kind == "mma" and len(path) == 8
+    assert [load.operands.split(",")[0] for load in sass.awaited_loads(path)] == ["R2", "R8"]
+
+
 @pytest.mark.parametrize("mmas", [1, 4, 7])
 def test_a_compiled_kernel(mmas):
     binary = small_kernel(mmas)

@@ -251,6 +251,9 @@ def bars(costs: Iterable[Cost]) -> list[list[str]]:
             ("warps an SM", f">= {fewest}", c.warps, c.warps >= fewest),
             ("largest other bound over the tensor pipe's", f"< {share}", rest, rest < share),
         ]
+        if "paged" in c.subject.group:
+            trips = len(sass.awaited_loads(c.function.first_mma()))
+            limits.append(("loads that wait for each other before the first MMA", "<= 3", trips, trips <= 3))
         rows += [[name(c), bar, asked, f"{found:.4g}", "met" if met else "MISSED"] for bar, asked, found, met in limits]
     return rows
 

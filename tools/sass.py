@@ -12,6 +12,7 @@ read barrier 3, mask of barriers to wait for 6.
 from __future__ import annotations
 
 import functools
+import heapq
 import re
 import subprocess
 import tempfile
@@ -191,6 +192,22 @@ class Function:
         inner = [a for a in loops if not any(b.addresses < a.addresses for b in loops)]
         return max(inner, key=lambda loop: loop.macs, default=None)
 
+    def first_mma(self) -> list[Instruction]:
+        """The shortest way from the entry to the first MMA, which is its last instruction."""
+        queue, seen = [(0, self.instructions[0].address, ())], set()
+        while queue:
+            length, block, way = heapq.heappop(queue)
+            if block in seen:
+                continue
+            seen.add(block)
+            way = (*way, block)
+            if any(i.macs for i in self.blocks[block]):
+                path = [i for b in way for i in self.blocks[b]]
+                return path[: next(n for n, i in enumerate(path) if i.macs) + 1]
+            for after in self.successors[block]:
+                heapq.heappush(queue, (length + len(self.blocks[block]), after, way))
+        return []
+
     @cached_property
     def _dominators(self) -> dict[int, set[int]]:
         order, seen, stack = [], set(), [(self.instructions[0].address, False)]
@@ -265,6 +282,22 @@ def turn_latency(turn: tuple[Instruction, ...], latency: dict[str, int]) -> tupl
                     free[barrier] = max(free[barrier], clock + latency.get(name, latency["other"]))
             clock += max(1, instruction.stall)
     return stalls, starts[-1] - starts[-2]
+
+
+def awaited_loads(path: Iterable[Instruction]) -> list[Instruction]:
+    """Loads from global memory that a warp waits for one after the other: the first whose arrival a later instruction
+    of the path waits for, the first issued after that and waited for, and so on. Their number is the round trips."""
+    chain: list[Instruction] = []
+    pending: dict[int, tuple[int, Instruction]] = {}  # barrier -> round trips before its first load, the load
+    for instruction in path:
+        for barrier in instruction.waits:
+            before, load = pending.pop(barrier, (-1, None))
+            if before == len(chain):
+                chain.append(load)
+        if instruction.name == "LDG" and instruction.writes is not None:
+            # The barrier is free when its last load is there: a later load behind the same barrier counts.
+            pending[instruction.writes] = len(chain), instruction
+    return chain
 
 
 def disassemble(cubin: bytes) -> dict[str, Function]:
