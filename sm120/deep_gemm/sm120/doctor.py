@@ -107,7 +107,7 @@ def _self_test(device: torch.device) -> tuple[bool, list[str]]:
             good = error < 1e-6
             verdict = f"{'ok' if good else 'WRONG'}, relative error {error:.1e}, {time.perf_counter() - start:.1f} s"
         except Exception as problem:
-            good, verdict = False, f"FAILED, {type(problem).__name__}: {problem}"
+            good, verdict = False, f"FAILED, {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
         passed &= good
         lines.append(f"{device} {title}: {verdict}")
     return passed, lines
