@@ -5,9 +5,9 @@
     python tools/demo.py --fp4 --save fp4.png
 
 Runs on the GPU; without one, or with --arch, in the PTX emulator. Shows what compiling took, how evenly the schedule
-shares out the keys, what each step cost, and how far the logits and their top 512 are from the reference's. Exits with
-1 if an error exceeds 1e-6, a top 512 differs by more than ties, or paged and ragged logits differ in a bit. The inputs
-are the same in every run.
+shares out the keys, what each step cost (bytes are those that lanes asked global memory for), and how far the logits
+and their top 512 are from the reference's. Exits with 1 if an error exceeds 1e-6, a top 512 differs by more than ties,
+or paged and ragged logits differ at all. Inputs are random; what fails says with which --seed.
 """
 
 import argparse
@@ -239,8 +239,7 @@ def draw(path: str, title: str, tiles: torch.Tensor, logits: torch.Tensor, expec
     inside = expected != -torch.inf
     every = int(inside.sum()) // 50_000 + 1
     want, got = expected[inside][::every], logits[inside][::every].double()
-    ends = [want.min(), want.max()]
-    panels["logits"].plot(ends, ends, color="tab:orange", linewidth=1, label="equal")
+    panels["logits"].axline((0, 0), slope=1, color="tab:orange", linewidth=1, label="equal")
     panels["logits"].plot(want, got, ".", markersize=2, zorder=3, label="one key's logit")
     panels["logits"].set(title="Logits against the reference", xlabel="float64 reference", ylabel="deep_gemm, fp32")
     panels["difference"].plot(want, got - want, ".", markersize=2)
@@ -266,6 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch", help="emulate the code for sm_120f, sm_100a, sm_90a, sm_89, ... even if there is a GPU"
     )
+    parser.add_argument("--seed", type=int, help="of the random inputs (another one each time)")
     parser.add_argument("--save", metavar="FILE.png", help="draw the schedule, and the logits against the reference")
     args = parser.parse_args(arguments)
     if args.next_n < 1 or min(args.keys) < 0 or (args.prefill is not None and args.prefill < 1):
@@ -279,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     gpu = torch.cuda.is_available() and not args.arch
     os.environ.setdefault("DG_SM120_FORCE", "1")  # ours on SM90 and SM100 too
+    seed = torch.seed() if args.seed is None else torch.manual_seed(args.seed).initial_seed()
     if args.arch:
         os.environ["DG_SM120_ARCH"] = args.arch
     where = (
@@ -286,7 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     console = Console()
-    with Progress(console=console, transient=True) as progress, tempfile.TemporaryDirectory() as empty_cache:
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        tempfile.TemporaryDirectory() as empty_cache,
+    ):
         os.environ.setdefault("DG_JIT_CACHE_DIR", empty_cache)
         bench = Bench(progress, total=6 if args.prefill else 5)
         step = bench.run("inputs", make_step, args, torch.device("cuda" if gpu else "cpu"))
@@ -302,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = [
         ["where", where],
         ["compile time", f"{bench.costs['compile'][0] / 1000:.2f} s"],
-        ["schedule", f"{len(tiles)} SMs, {TILE}-key tiles an SM: {balance}"],
+        ["schedule", f"{len(tiles)} SMs: {balance} tiles of {TILE} keys"],
     ]
     if ragged is not None:
         inside = expected != -torch.inf
@@ -317,8 +321,9 @@ def main(arguments: list[str] | None = None) -> int:
         comparisons.append(compare(name, logits[rows], expected[rows], lens[rows]))
     failures += [f"{it.name}: error {it.error:.2e}, overlap {it.overlap}" for it in comparisons if not it.passed]
 
-    what = f"{len(lens)} tokens of a prompt" if args.prefill else f"a decode step of {len(args.keys)} requests"
-    what += f" x {args.next_n} tokens" if args.next_n > 1 else ""
+    what = (
+        "prefill" if args.prefill else f"decode step, {args.next_n} tokens each" if args.next_n > 1 else "decode step"
+    )
     title = f"DeepSeek-V4-Flash, {what}: {'FP4' if args.fp4 else 'FP8'}, {args.heads} heads of {DIM}, pages of {PAGE}"
     console.print(title, style="bold")
     show(console, ["", ""], facts)
@@ -327,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     against = ["against float64", "keys", "relative error", f"top {TOP} shared"]
     show(console, against, [comparison_row(it) for it in comparisons])
     for failure in failures:
-        console.print(f"FAILED  {failure}", style="bold red")
+        console.print(f"FAILED (--seed {seed})  {failure}", style="bold red")
     if args.save:
         draw(args.save, f"{title}\n{where}", tiles, logits, expected)
     return 1 if failures else 0
