@@ -25,7 +25,7 @@ def report() -> int:
         "torch": lambda: [f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"],
         "devices": _devices,
         "packages": _packages,
-        "compiler": lambda: [f"NVRTC {compiler._nvrtc_version()}"],
+        "compiler": lambda: [f"NVRTC {compiler.nvrtc_version()}"],
         "cache": _cache,
         "upstream": _upstream,
         "ours": lambda: [name for name in deep_gemm._OURS if hasattr(deep_gemm, name)],

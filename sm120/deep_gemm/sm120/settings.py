@@ -1,13 +1,14 @@
-"""How many SMs schedules are made for."""
+"""How many SMs schedules are made for, and whether launches overlap."""
 
 import torch
 
-from .checks import integer
+from .checks import boolean, integer
 
 # Without a GPU the emulated card is an RTX PRO 6000.
 EMULATED_SMS = 188
 
 _num_sms: int | None = None
+_pdl = False
 
 
 def get_num_sms() -> int:
@@ -26,6 +27,18 @@ def set_num_sms(num_sms: int) -> None:
     global _num_sms
     at_most = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 2**16
     _num_sms = integer("num_sms", num_sms, 1, at_most)
+
+
+def get_pdl() -> bool:
+    """Whether kernels are launched with programmatic dependent launch."""
+    return _pdl
+
+
+def set_pdl(enable: bool) -> None:
+    """Lets a kernel's blocks be set up while the one before it on the stream still runs (programmatic dependent launch;
+    SM90 and later). Our kernels wait for that one to end before they read or write anything."""
+    global _pdl
+    _pdl = boolean("enable", enable)
 
 
 def sms_of(device: torch.device) -> int:

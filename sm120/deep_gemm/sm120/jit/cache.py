@@ -35,7 +35,11 @@ def folder() -> Path:
         return Path(base) / "deep_gemm_sm120"
     if home := os.environ.get("HOME"):
         return Path(home) / ".cache" / "deep_gemm_sm120"
-    return Path(tempfile.gettempdir()) / f"deep_gemm_sm120-{os.getuid()}"
+    private = Path(tempfile.gettempdir()) / f"deep_gemm_sm120-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    if private.stat().st_uid != os.getuid():  # anybody can make it there, and put code of his own into it
+        raise PermissionError(f"{private} belongs to somebody else")
+    return private
 
 
 def get(name: str) -> bytes | None:

@@ -1,6 +1,7 @@
 """NVRTC: C++ in, PTX or a cubin out. Needs neither a driver nor a CUDA toolkit; results are kept by `cache`."""
 
 import os
+import warnings
 from functools import cache as once
 from pathlib import Path
 
@@ -11,7 +12,7 @@ HEADERS = Path(__file__).parent.parent / "kernels"
 
 
 class CompileError(RuntimeError):
-    """The compiler refused a kernel; the message carries its log."""
+    """The compiler refused a kernel, or there is none; the message carries its log."""
 
 
 def compile_kernel(kernel: Kernel, arch: str, target: str) -> bytes:
@@ -19,27 +20,37 @@ def compile_kernel(kernel: Kernel, arch: str, target: str) -> bytes:
 
     Raises CompileError with the compiler's log, or saying how to get a compiler that knows `arch`.
     """
-    options = [f"--gpu-architecture={arch}", "--std=c++17", f"--include-path={HEADERS}"]
-    key = cache.key(kernel.source, _headers_digest(), target, *options[:2], _nvrtc_version())
-    binary = cache.get(key)
-    if binary is None:
-        binary = _nvrtc(kernel.source, kernel.name, options, target)
-        cache.put(key, binary)
+    binary = _compile(kernel, arch, target)
     if folder := os.environ.get("DG_JIT_DUMP_DIR"):
-        _dump(Path(folder), kernel, arch, target, binary)
+        _dump(Path(folder), kernel, arch)
     return binary
 
 
-def _headers_digest() -> bytes:
-    """Of every header, read again each time a kernel is looked up: an edit while the program runs is seen."""
-    return cache.digest(*(part for path in sorted(HEADERS.glob("*.cuh")) for part in (path.name, path.read_bytes())))
+def identity(kernel: Kernel, arch: str, target: str) -> str:
+    """A digest of all that a binary depends on but the compiler's version. Headers are read again each time: an edit
+    while the program runs is seen by the kernels that are first used after it."""
+    headers = (part for path in sorted(HEADERS.glob("*.cuh")) for part in (path.name, path.read_bytes()))
+    return cache.key(kernel.source, target, *_options(arch), *headers)
 
 
 @once
-def _nvrtc_version() -> str:
-    nvrtc = _bindings()
-    error, major, minor = nvrtc.nvrtcVersion()
+def nvrtc_version() -> str:
+    """As in "13.0"."""
+    _, major, minor = _bindings().nvrtcVersion()
     return f"{major}.{minor}"
+
+
+def _options(arch: str) -> list[str]:
+    return [f"--gpu-architecture={arch}", "--std=c++17"]
+
+
+def _compile(kernel: Kernel, arch: str, target: str) -> bytes:
+    key = cache.key(identity(kernel, arch, target), nvrtc_version())
+    binary = cache.get(key)
+    if binary is None:
+        binary = _nvrtc(kernel, arch, target)
+        cache.put(key, binary)
+    return binary
 
 
 @once
@@ -50,20 +61,29 @@ def _bindings():
 
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise CompileError(
-            f"NVRTC, which compiles the kernels, cannot be loaded ({error}); `pip install nvidia-cuda-nvrtc` brings it"
+            f"NVRTC, which compiles the kernels, cannot be loaded; `pip install nvidia-cuda-nvrtc` brings it ({reason})"
         ) from error
     return nvrtc
 
 
-def _nvrtc(source: str, name: str, options: list[str], target: str) -> bytes:
+def _nvrtc(kernel: Kernel, arch: str, target: str) -> bytes:
     nvrtc = _bindings()
-    error, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+    options = [*_options(arch), f"--include-path={HEADERS}"]
+    _, program = nvrtc.nvrtcCreateProgram(kernel.source.encode(), f"{kernel.name}.cu".encode(), 0, [], [])
     try:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().rstrip("\0")
-            raise CompileError(f"NVRTC {_nvrtc_version()} with {' '.join(options)}: {error.name}\n{log}\n{source}")
+            log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
+            if error == nvrtc.nvrtcResult.NVRTC_ERROR_INVALID_OPTION:
+                raise CompileError(
+                    f"NVRTC {nvrtc_version()} does not know {arch}; `pip install -U nvidia-cuda-nvrtc` ({log})"
+                )
+            raise CompileError(
+                f"NVRTC {nvrtc_version()} refuses {kernel.name}: {error.name}, {' '.join(options)}\n"
+                f"{log}\n\n{kernel.source}"
+            )
         if target == "ptx":
             return _fetch(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
         return _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
@@ -78,8 +98,16 @@ def _fetch(size_of, copy_to, program) -> bytes:
     return buffer
 
 
-def _dump(folder: Path, kernel: Kernel, arch: str, target: str, binary: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{kernel.name}.{arch}"
-    stem.with_name(stem.name + ".cu").write_text(kernel.source)
-    stem.with_name(stem.name + f".{target}").write_bytes(binary.rstrip(b"\0") if target == "ptx" else binary)
+def _dump(folder: Path, kernel: Kernel, arch: str) -> None:
+    """All three forms of the kernel, whichever was asked for."""
+    forms = {
+        "cu": kernel.source.encode(),
+        "ptx": _compile(kernel, arch, "ptx").rstrip(b"\0"),
+        "cubin": _compile(kernel, arch, "cubin"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, content in forms.items():
+            (folder / f"{kernel.name}.{arch}.{suffix}").write_bytes(content)
+    except OSError as error:
+        warnings.warn(f"DG_JIT_DUMP_DIR: {kernel.name} cannot be written there: {error}", RuntimeWarning, stacklevel=2)

@@ -6,32 +6,41 @@ synchronisation, no allocation, no compilation; it may be captured into a CUDA g
 
 import ctypes
 import os
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache as once
 from typing import Any
 
 import torch
 
+from .. import settings
+from . import shipped
 from .compiler import compile_kernel
 from .kernel import Kernel
 
 _EMULATED_ARCHITECTURE = "sm_120f"
-_loaded: dict[tuple[Kernel, torch.device | str], Any] = {}
+
+# (kernel, index of the GPU or emulated architecture) -> the driver's function or the emulator's module.
+_loaded: dict[tuple[Kernel, int | str], Any] = {}
+_loading = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked child nobody is left to release a lock that another thread of the parent held."""
+    global _loading
+    _loading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def architecture_of(device: torch.device) -> str:
     """What to compile for. The family's cubins, `sm_120f`, run on SM120 and SM121; the CPU emulates `DG_SM120_ARCH`."""
     if device.type == "cpu":
         return os.environ.get("DG_SM120_ARCH", _EMULATED_ARCHITECTURE)
-    return _architecture_of_gpu(device)
-
-
-@once
-def _architecture_of_gpu(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 12:
-        return "sm_120f"
-    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+    return _architecture_of_gpu(device.index)
 
 
 def launch(
@@ -50,25 +59,18 @@ def launch(
     if device.type == "cpu":
         _emulate(kernel, grid, parameters, inputs, outputs)
     else:
-        _launch_on_gpu(kernel, device, grid, parameters)
+        _launch_on_gpu(kernel, device.index, _current_stream(device.index), grid, parameters)
 
 
-def load(kernel: Kernel, device: torch.device) -> Any:
-    """The compiled kernel, ready for `device`: a driver's function, or an emulator's module."""
-    place = architecture_of(device) if device.type == "cpu" else device
-    loaded = _loaded.get((kernel, place))
-    if loaded is None:
-        loaded = _loaded[kernel, place] = (_load_emulated if device.type == "cpu" else _load_on_gpu)(kernel, device)
-    return loaded
+def load(kernel: Kernel, device: torch.device) -> None:
+    """Makes `kernel` ready, so that its first launch on `device` compiles nothing."""
+    if device.type == "cpu":
+        _emulated(kernel)
+    else:
+        _function(kernel, device.index, _current_stream(device.index))
 
 
 # ---- the CPU --------------------------------------------------------------------------------------------------------
-
-
-def _load_emulated(kernel: Kernel, device: torch.device) -> Any:
-    from ..emulator import Module
-
-    return Module(compile_kernel(kernel, architecture_of(device), "ptx").rstrip(b"\0").decode())
 
 
 def _emulate(kernel, grid, parameters, inputs, outputs) -> None:
@@ -76,44 +78,191 @@ def _emulate(kernel, grid, parameters, inputs, outputs) -> None:
 
     buffers = [Buffer.of(tensor, name, writable=False) for name, tensor in inputs.items() if tensor is not None]
     buffers += [Buffer.of(tensor, name, writable=True) for name, tensor in outputs.items()]
-    module = load(kernel, torch.device("cpu"))
-    module.launch(kernel.name, (*grid, 1), (kernel.threads, 1, 1), bytes(parameters), buffers)
+    _emulated(kernel).launch(kernel.name, (*grid, 1), (kernel.threads, 1, 1), bytes(parameters), buffers)
 
 
-# ---- a GPU ----------------------------------------------------------------------------------------------------------
+def _emulated(kernel: Kernel) -> Any:
+    from ..emulator import Module
+
+    arch = architecture_of(torch.device("cpu"))
+    if (kernel, arch) not in _loaded:
+        with _loading:
+            if (kernel, arch) not in _loaded:
+                _loaded[kernel, arch] = Module(compile_kernel(kernel, arch, "ptx").rstrip(b"\0").decode())
+    return _loaded[kernel, arch]
 
 
-def _load_on_gpu(kernel: Kernel, device: torch.device) -> Any:
-    from cuda.bindings import driver
-    from cuda.core import ObjectCode
-
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{kernel.name} is not compiled yet, and a CUDA graph is being captured; "
-                "call it once before the capture, or deep_gemm.sm120.warmup()"
-            )
-        torch.cuda.current_stream().synchronize()  # the context exists from here on
-        code = ObjectCode.from_cubin(compile_kernel(kernel, architecture_of(device), "cubin"), name=kernel.name)
-        function = code.get_kernel(kernel.name)
-    return driver.CUfunction(int(function.handle)), function  # the second keeps the first alive
+# ---- a GPU: what PyTorch knows --------------------------------------------------------------------------------------
 
 
-def _launch_on_gpu(kernel: Kernel, device: torch.device, grid: tuple[int, int], parameters: ctypes.Structure) -> None:
-    from cuda.bindings import driver
+def _current_stream(index: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)
 
-    function, _ = load(kernel, device)
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
+
+def _current_device() -> int:
+    return torch._C._cuda_getDevice()
+
+
+# ---- a GPU: what the driver does ------------------------------------------------------------------------------------
+
+
+class DriverError(RuntimeError):
+    """The driver refused; `code` is its CUresult."""
+
+    def __init__(self, what: str, code: Any) -> None:
+        _, words = _driver().cuGetErrorString(code)
+        super().__init__(f"{what}: {code.name}: {words.decode() if words else 'unknown to this driver'}")
+        self.code = code
+
+
+def _launch_on_gpu(kernel: Kernel, index: int, stream: int, grid: tuple[int, int], parameters: Any) -> None:
+    driver = _driver()
+    function = _loaded.get((kernel, index)) or _function(kernel, index, stream)
     pointers = ctypes.c_void_p(ctypes.addressof(parameters))  # an array of one pointer, to the one argument
-    arguments = (*grid, 1, kernel.threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
-    if torch._C._cuda_getDevice() == device.index:
-        (error,) = driver.cuLaunchKernel(function, *arguments)
+    if settings.get_pdl() and _capability(index) >= (9, 0):
+        start, arguments = driver.cuLaunchKernelEx, (_overlapping(grid, kernel.threads, stream), function)
     else:
-        with torch.cuda.device(device):
-            (error,) = driver.cuLaunchKernel(function, *arguments)
+        start, arguments = driver.cuLaunchKernel, (function, *grid, 1, kernel.threads, 1, 1, 0, stream)
+    arguments = (*arguments, ctypes.addressof(pointers), 0)
+    if _current_device() == index:
+        (error,) = start(*arguments)
+    else:
+        with _context(index):
+            (error,) = start(*arguments)
     if error == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the GPU yet
-        torch.cuda.set_device(torch.cuda.current_device())
-        (error,) = driver.cuLaunchKernel(function, *arguments)
+        driver.cuCtxSetCurrent(_primary_context(index))
+        (error,) = start(*arguments)
     if error != driver.CUresult.CUDA_SUCCESS:
-        _, text = driver.cuGetErrorString(error)
-        raise RuntimeError(f"{kernel.name} on {device}: {error.name}: {text.decode()}")
+        raise DriverError(f"{kernel.name} on cuda:{index}, launch", error)
+
+
+def _overlapping(grid: tuple[int, int], threads: int, stream: int) -> Any:
+    """The configuration of a launch whose blocks may be set up while the kernel before it still runs."""
+    driver = _driver()
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.hStream = stream
+    config.attrs, config.numAttrs = [overlap], 1
+    return config
+
+
+def _function(kernel: Kernel, index: int, stream: int) -> Any:
+    """The kernel loaded on GPU `index`, a CUfunction. `stream` is where it is about to be launched."""
+    with _loading:
+        if (kernel, index) not in _loaded:
+            with _context(index):
+                if _is_capturing(stream):
+                    raise RuntimeError(
+                        f"{kernel.name} is not ready on cuda:{index}, and a CUDA graph is being captured; "
+                        "before the capture, call deep_gemm.sm120.warmup() or the function itself once"
+                    )
+                _loaded[kernel, index] = _shipped_or_compiled(kernel, index)
+    return _loaded[kernel, index]
+
+
+def _is_capturing(stream: int) -> bool:
+    driver = _driver()
+    error, status = driver.cuStreamIsCapturing(stream)
+    implicit = driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT  # the default stream, while another one is captured
+    return error == implicit or status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+
+def _shipped_or_compiled(kernel: Kernel, index: int) -> Any:
+    arch = _architecture_of_gpu(index)
+    cubin = shipped.find(kernel, arch)
+    if cubin is not None:
+        try:
+            return _load_cubin(kernel, index, cubin)
+        except DriverError as error:
+            codes = _driver().CUresult
+            if error.code not in (codes.CUDA_ERROR_NO_BINARY_FOR_GPU, codes.CUDA_ERROR_INVALID_IMAGE):
+                raise
+            _warn_once(f"a kernel that came with deep_gemm does not load, so they are compiled instead: {error}")
+    return _load_cubin(kernel, index, compile_kernel(kernel, arch, "cubin"))
+
+
+def _load_cubin(kernel: Kernel, index: int, cubin: bytes) -> Any:
+    driver = _driver()
+    major, minor = _capability(index)
+    what = f"{kernel.name} on cuda:{index} (SM {major}.{minor}, driver for CUDA {_driver_version()})"
+    library = _checked(f"{what}, load", driver.cuLibraryLoadData(cubin, None, None, 0, None, None, 0))
+    try:
+        function = _checked(f"{what}, find", driver.cuLibraryGetKernel(library, kernel.name.encode()))
+    except DriverError:
+        driver.cuLibraryUnload(library)
+        raise
+    return driver.CUfunction(int(function))  # a CUkernel may stand where a CUfunction does
+
+
+@once
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@once
+def _driver():
+    """cuda.bindings.driver, initialised."""
+    from cuda.bindings import driver
+
+    (error,) = driver.cuInit(0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"The CUDA driver cannot be initialised: {error.name}")
+    return driver
+
+
+def _checked(what: str, result: tuple) -> Any:
+    """The value that a driver's call returned, or its error raised."""
+    error, *values = result
+    if error != _driver().CUresult.CUDA_SUCCESS:
+        raise DriverError(what, error)
+    return values[0] if values else None
+
+
+@contextmanager
+def _context(index: int) -> Iterator[None]:
+    """The context that PyTorch and the CUDA runtime use on GPU `index`, current for a while."""
+    driver = _driver()
+    before = _checked("current context", driver.cuCtxGetCurrent())
+    _checked(f"context of cuda:{index}", driver.cuCtxSetCurrent(_primary_context(index)))
+    try:
+        yield
+    finally:
+        driver.cuCtxSetCurrent(before)
+
+
+@once
+def _primary_context(index: int) -> Any:
+    driver = _driver()
+    device = _checked(f"cuda:{index}", driver.cuDeviceGet(index))
+    return _checked(f"context of cuda:{index}", driver.cuDevicePrimaryCtxRetain(device))
+
+
+@once
+def _capability(index: int) -> tuple[int, int]:
+    driver = _driver()
+    names = driver.CUdevice_attribute
+    device = _checked(f"cuda:{index}", driver.cuDeviceGet(index))
+    return tuple(
+        _checked(f"cuda:{index}", driver.cuDeviceGetAttribute(name, device))
+        for name in (
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+
+
+@once
+def _architecture_of_gpu(index: int) -> str:
+    major, minor = _capability(index)
+    if major == 12:
+        return "sm_120f"
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def _driver_version() -> str:
+    version = _checked("driver's version", _driver().cuDriverGetVersion())
+    return f"{version // 1000}.{version % 1000 // 10}"
