@@ -59,7 +59,7 @@ def test_the_command(tmp_path) -> None:
     assert 0.1 < float(cells(printed, "compile time")[0].removesuffix(" s")) < 60
     # 3 + 256 + 1024 tiles in 1 + 16 + 64 splits: no SM has more than one split
     sms = deep_gemm.get_num_sms()
-    assert cells(printed, "schedule") == [f"{sms} SMs: fewest 0, mean {1283 / sms:.1f}, most 16 tiles of 16 keys"]
+    assert cells(printed, "schedule") == [f"{sms} SMs, 16-key tiles: fewest 0, mean {1283 / sms:.1f}, most 16"]
     for request, keys in enumerate(["37", "4,096", "16,384"], 1):
         length, error, overlap = cells(printed, f"request {request}")
         assert length == keys and 1e-9 < float(error) < 1e-6 and overlap.startswith("100.00%")

@@ -206,9 +206,9 @@ def tiles_per_sm(context_lens: torch.Tensor, schedule: torch.Tensor) -> torch.Te
 
 
 def show(console: Console, headings: list[str], rows: list[list[str]]) -> None:
-    table = Table(headings[0], show_header=len(headings) > 2)
+    table = Table(headings[0], show_header=any(headings))
     for heading in headings[1:]:
-        table.add_column(heading, justify="right" if len(headings) > 2 else "left")
+        table.add_column(heading, justify="right" if any(headings) else "left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -216,7 +216,7 @@ def show(console: Console, headings: list[str], rows: list[list[str]]) -> None:
 
 def cost_row(name: str, milliseconds: float, did: Counters) -> list[str]:
     counts = (did.instructions.total(), did.classes["mma"], did.bytes_read.total(), did.bytes_written.total())
-    return [name, f"{milliseconds:,.2f}", *(f"{count:,}" if did.blocks else "" for count in counts)]
+    return [name, f"{milliseconds:,.2f}", *(f"{count:,}" if did.blocks else "-" for count in counts)]
 
 
 def comparison_row(it: Comparison) -> list[str]:
@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = [
         ["where", where],
         ["compile time", f"{bench.costs['compile'][0] / 1000:.2f} s"],
-        ["schedule", f"{len(tiles)} SMs: {balance} tiles of {TILE} keys"],
+        ["schedule", f"{len(tiles)} SMs, {TILE}-key tiles: {balance}"],
     ]
     if ragged is not None:
         inside = expected != -torch.inf
@@ -328,7 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(title, style="bold")
     show(console, ["", ""], facts)
     costs = [cost_row(name, *cost) for name, cost in bench.costs.items() if name not in ("inputs", "compile")]
-    show(console, ["step", "ms", "warp instr.", "MMA", "bytes read", "written"], costs)
+    headings = ["step", "ms"] if gpu else ["step", "ms", "warp instr.", "MMA", "bytes read", "written"]
+    show(console, headings, [row[: len(headings)] for row in costs])
     against = ["against float64", "keys", "relative error", f"top {TOP} shared"]
     show(console, against, [comparison_row(it) for it in comparisons])
     for failure in failures:
