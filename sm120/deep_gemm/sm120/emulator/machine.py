@@ -23,7 +23,7 @@ from .parser import Instruction, Kernel, Parser, Variable
 
 LANES_PER_WAVE = 8192  # registers of 32 KB: a few fit the first cache level, a kernel's working set the second
 BARRIERS = 16
-PATIENCE = 20000  # jumps that one front may make while others wait
+PATIENCE = 32  # times that a front may look at memory which others change, while they wait for their turn
 
 
 class Module:
@@ -255,6 +255,7 @@ class Wave:
         self.fronts: dict[int, Lanes] = {}
         self.stalled: dict[int, Lanes] = {}
         self.resting: dict[int, Lanes] = {}
+        self.looks = 0  # at memory that others may change, since the last turn of a waiting front
         self.barriers = _Barriers()
         self.special: dict[str, np.ndarray] = {}
         self.state: dict = {}  # for instructions that keep something per wave
@@ -264,20 +265,18 @@ class Wave:
     def run(self) -> None:
         """Run all blocks of the wave to their end."""
         self.arrive(0, Lanes(np.flatnonzero(self.alive), self.size))
-        patience = PATIENCE
         while self.fronts or self._wake_or_fail():
-            # A front that keeps jumping (it spins on memory) lets the others go on now and then.
-            pc = min(self.fronts) if patience > 0 else max(self.fronts)
-            patience = PATIENCE if patience <= 0 else patience
-            patience = self._run_front(pc, self.fronts.pop(pc), patience)
+            pc = min(self.fronts)
+            if self.looks > PATIENCE:  # the lowest front spins
+                pc, self.looks = max(self.fronts), 0
+            self._run_front(pc, self.fronts.pop(pc))
         if self.launch.traffic is not None:
             self.launch.traffic.finish()
 
-    def _run_front(self, pc: int, lanes: Lanes, patience: int) -> int:
+    def _run_front(self, pc: int, lanes: Lanes) -> None:
+        """Run lanes from ``pc`` until they part or come to where others are."""
         code, issued, threads = self.code, self.issued, self.threads
-        others = [other for other in (*self.fronts, *self.stalled) if other > pc]
-        meeting = min(others, default=len(code))
-        lonely = not self.fronts
+        meeting = min((other for other in (*self.fronts, *self.stalled) if other > pc), default=len(code))
         try:
             while pc < meeting:
                 issued[pc] += lanes.warps
@@ -287,21 +286,18 @@ class Wave:
                     pc += 1
                 elif type(out) is int:
                     pc = out
-                    if not lonely:
-                        patience -= 1
-                        if patience <= 0:
-                            break
+                    if self.fronts or self.stalled:
+                        break  # others may be there, or it may be their turn
                 else:
                     for target, part in out:
                         self.arrive(target, part)
-                    return patience - 1 if not lonely else patience
+                    return
         except Fault as fault:
             raise self.error(pc, fault) from None
         if pc >= len(code):
             self.leave(lanes)  # fell off the end of the kernel
         else:
             self.arrive(pc, lanes)
-        return patience
 
     def arrive(self, pc: int, lanes: Lanes) -> None:
         """Put lanes at a program counter, with those already there."""
@@ -341,19 +337,15 @@ class Wave:
             for pc, lanes in resting.items():
                 self.arrive(pc, lanes)
             return True
-        waiting = [(w.pc - 1, w.lanes) for group in self.barriers.waiting.values() for w in group]
-        waiting += [(pc, lanes.numbers) for pc, lanes in self.stalled.items()]
+        apart = [(pc, lanes.numbers) for pc, lanes in self.stalled.items()]
+        waiting = apart + [(w.pc - 1, w.lanes) for group in self.barriers.waiting.values() for w in group]
         if not waiting:
             return False
-        where = "; ".join(
-            f"{len(lanes)} threads at PTX line {self.kernel.instructions[pc].line}" for pc, lanes in waiting
-        )
+        lines = [self.kernel.instructions[pc].line for pc, _ in waiting]
+        where = "; ".join(f"{len(lanes)} threads at PTX line {line}" for line, (_, lanes) in zip(lines, waiting))
+        what = "a warp that diverged never comes together" if apart else "a barrier can never be passed"
         pc, lanes = waiting[0]
-        i = self.kernel.instructions[pc]
-        what = "divergent .aligned or .sync instruction" if self.stalled and i.parts[0] != "bar" else "barrier"
-        raise self.error(
-            pc, Fault(f"deadlock: {what} can never be passed; nobody else can run, waiting: {where}", int(lanes[0]))
-        )
+        raise self.error(pc, Fault(f"deadlock: {what}; waiting are {where}", int(lanes[0])))
 
     # --- warps ---
 

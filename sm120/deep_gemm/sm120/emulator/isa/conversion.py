@@ -46,10 +46,10 @@ def cvt(i: Instruction):
     result, source = i.types[0], i.types[-1]
     if "pack" in i.parts:
         return pack(i)
-    if result.kind == "n" and result.name not in ("bf16", "tf32"):
-        return convert_pair(i, result, source)
-    if source.kind == "n" and source.name != "bf16":
+    if source.name.removesuffix("x2") in SMALL:
         return convert_from_pair(i, result, source)
+    if result.name.endswith("x2"):
+        return convert_pair(i, result, source)
     return compute(i, conversion(i, result, source), target, result, sources, [source])
 
 

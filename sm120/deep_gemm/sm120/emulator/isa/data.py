@@ -81,8 +81,10 @@ def ld(i: Instruction):
         return memory.load(wave, where, at, addresses, size, count)
 
     access = in_space(space, read)
+    may_spin = i.has("volatile", "relaxed", "acquire", "mmio")
 
     def step(wave, at):
+        wave.looks += may_spin
         results = access(wave, at, address(wave, at))
         if len(results) == 1:
             words = results[0][0]
@@ -174,7 +176,10 @@ def atom(i: Instruction):
     write = writer(i, target, unsigned)
     size = kind.bits // 8
 
+    may_spin = target is not None
+
     def step(wave, at):
+        wave.looks += may_spin
         values = [np.broadcast_to(np.asarray(read(wave, at)).view(unsigned.dtype), at.count) for read in reads]
 
         def apply(wave, where, part, addresses, positions):

@@ -130,14 +130,14 @@ class Scale:
     column in its register, from the byte selector on, one for each of ``blocks`` chunks of k.
     """
 
-    def __init__(self, i: Instruction, data, selectors, is_a: bool, blocks: int, table: np.ndarray):
+    def __init__(self, i: Instruction, data, selectors, is_a: bool, blocks: int, name: str):
         if isinstance(data, Vec):
             (data,) = data.items
         self.read, self.blocks, self.is_a = reader(i, data, B32), blocks, is_a
-        self.key = (data, selectors, is_a, blocks)
+        self.key = (data, selectors, is_a, blocks, name)
         self.registers = [operand.number for operand in (data, *selectors.items) if isinstance(operand, Reg)]
         self.byte, self.thread = (reader(i, item, TYPES["u16"]) for item in selectors.items)
-        self.table = table.astype(np.float64)
+        self.table = DECODE[name].astype(np.float64)
         self.instruction = i
 
     def factors(self, wave, at) -> np.ndarray | None:
@@ -179,9 +179,8 @@ def mma(i: Instruction):
     if scaled:
         default = "scale_vec::1X" if i.has("kind::mxf8f6f4") else "scale_vec::2X"
         blocks = int(i.one_of("scale_vec::1X", "scale_vec::2X", "scale_vec::4X", default=default)[-2])
-        table = DECODE[tail[-1]]
-        scale_a = Scale(i, scales[0], scales[1], True, blocks, table)
-        scale_b = Scale(i, scales[2], scales[3], False, blocks, table)
+        scale_a = Scale(i, scales[0], scales[1], True, blocks, tail[-1])
+        scale_b = Scale(i, scales[2], scales[3], False, blocks, tail[-1])
 
     def body(wave, at):
         x, y = left.matrices(wave, at), right.matrices(wave, at)
