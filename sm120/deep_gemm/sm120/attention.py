@@ -30,7 +30,7 @@ from .settings import get_num_sms
 
 _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _E4M3, _PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
-_DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
+DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
 _INT32 = (torch.int32,)
 _LARGEST_PAGE = 2**16
 
@@ -113,7 +113,7 @@ def fp8_fp4_paged_mqa_logits(
     weights          fp32 or bf16 [batch * next_n, heads]
     context_lens     int32 [batch, next_n]: token i of row b sees keys [0, context_lens[b, i]); or [batch]: it sees
                      context_lens[b] - next_n + i + 1 of them. Zero is fine
-    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never looked at
+    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never followed
     schedule_meta    int32 [slots + 1, 2], from `get_paged_mqa_logits_metadata` or any planner with the same contract
     max_context_len  columns of the result; no row is longer
     clean_logits     -inf past each row's length; otherwise what lies there is not touched
@@ -262,8 +262,8 @@ def _query(q: Any, dimensions: int) -> tuple[bool, Query]:
     heads, dim = values.shape[-2], values.shape[-1] * (2 if fp4 else 1)
     if heads % 8 or not 8 <= heads <= 64:
         refuse("q", values, "8, 16, ... 64 heads")
-    if dim not in _DIMS[fp4]:
-        refuse("q", values, f"a head dim among {_DIMS[fp4]} in {'FP4' if fp4 else 'FP8'}")
+    if dim not in DIMS[fp4]:
+        refuse("q", values, f"a head dim among {DIMS[fp4]} in {'FP4' if fp4 else 'FP8'}")
     if fp4:
         checks.contiguous("q scales", checks.tensor("q scales", scales, _INT32, values.shape[:-1], values.device))
     return fp4, Query(values, scales, heads, dim)
@@ -325,8 +325,8 @@ def _paged(
     _weights(weights, batch * next_n, query)
     _lengths(context_lens, device, batch, next_n)
     checks.tensor("block_table", block_table, _INT32, (batch, "columns"), device)
-    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
-        refuse("block_table", block_table, "stride 1 in the last dimension")
+    if block_table.stride(1) != 1 and block_table.shape[1] > 1 or batch * block_table.stride(0) >= 2**31:
+        refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
     checks.tensor("schedule_meta", schedule_meta, _INT32, ("num_sms + 1", 2), device)
     if schedule_meta.shape[0] < 2 or not schedule_meta.is_contiguous():
         refuse("schedule_meta", schedule_meta, "a contiguous tensor [num_sms + 1, 2]")
@@ -342,7 +342,7 @@ def _paged(
     slots = schedule_meta.shape[0] - 1
     config = logits.configure(
         architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
-        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),
+        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), next_n > logits.LEAST_WARPS,
     )  # fmt: skip
     windows = windows_of_lengths(context_lens, next_n, max_context_len)
     logits.paged(

@@ -11,7 +11,7 @@
 //   lane_offset    where in a row the words of a lane begin
 //   load           the lane's words of a row, given the address of the first
 //   multiply       one step, all heads: scores[tile] += query[tile][step] * key
-//   scale_key      which of 16 keys this lane loads the scale of
+//   scale_key      which of 32 keys this lane loads the scale of
 //   finish         from the sum over heads to the logit
 #pragma once
 
@@ -106,8 +106,8 @@ struct Fp4 {
         }
     }
 
-    // Lane t = 0 of a quad holds the scales of key g, t = 1 those of key g + 8, where the mma looks for them.
-    __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * (lane.t % 2) + lane.g; }
+    // Lane t of a quad holds the scales of key 8t + g, where the mma looks for them.
+    __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * lane.t + lane.g; }
     __device__ static float finish(float sum, uint32) { return sum; }
 };
 
@@ -164,6 +164,6 @@ struct Fp4Widened {
         }
     }
 
-    __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * (lane.t % 2) + lane.g; }
+    __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * lane.t + lane.g; }
     __device__ static float finish(float sum, uint32) { return sum * 4096; }
 };

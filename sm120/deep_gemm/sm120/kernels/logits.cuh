@@ -28,38 +28,36 @@ struct Params {
     const int* block_table;      // [rows][table_stride] page numbers            paged
     const int2* schedule;        // [slots + 1] (row, split of 256 keys)         paged
     uint8* logits;               // [tokens][logits_stride]
-    int64 table_stride;          // elements
     int64 weights_stride;        // elements
     int64 logits_stride;         // elements
     uint32 page_stride;          // bytes
+    int table_stride;            // elements
+    int table_columns;
     int rows_per_group;          // paged
     int columns;                 // ragged, compressed: column 0 is the row's first key, and there are so many; else 0
     Windows windows;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the launcher packs a different struct");
 
-constexpr int kTile = 16;                     // keys a warp takes at a time
+constexpr int kTile = 32;                     // keys a warp takes at a time
 constexpr int kTilesPerSplit = 256 / kTile;   // the schedule counts in splits
 constexpr uint32 kAllLanes = 0xffffffff;
 constexpr int kNever = 0x7fffffff;
 
-template <class Format, int kHeads, int kPage, class Weight, class Logit, int kWarps>
+template <class Format, int kHeads, int kPage, class Weight, class Logit, int kWarps, bool kTurns>
 struct Indexer {
     static constexpr bool kPaged = kPage > 0;
     static constexpr int kHeadTiles = (kHeads + 15) / 16;
-    static_assert(kHeads % 8 == 0 && kHeads <= 64 && kPage % kTile == 0 && kWarps <= 32);
+    static_assert(kHeads % 8 == 0 && kHeads <= 64 && kPage % 16 == 0 && kWarps <= 32);
 
     // ---- what stays: one token's query and weights ---------------------------------------------------------------------
 
     struct Query {
-        int token = -1;
         uint32 fragments[kHeadTiles][Format::kSteps][4];
         typename Format::template QueryScales<kHeadTiles> scales;
         float weights[kHeadTiles][2];
 
-        __device__ void load(const Params& p, int new_token, const Lane& lane) {
-            if (token == new_token) return;
-            token = new_token;
+        __device__ void load(const Params& p, int token, const Lane& lane) {
             const int64 first_head = int64(token) * kHeads;
             const uint32 zero = p.windows.rows >> 31;   // unknown to the compiler: it would keep the vectors as they were loaded
                                                 // and copy four words before every mma (4 of 9 instructions, 24 Nov 2026)
@@ -94,49 +92,69 @@ struct Indexer {
         }
     };
 
-    // ---- what streams: 16 keys -----------------------------------------------------------------------------------------
+    // ---- what streams: 32 keys, in two halves --------------------------------------------------------------------------
+
+    static constexpr bool kOnePage = kPaged && kPage % kTile == 0;   // else the two halves of a tile may lie in two pages
+
+    struct Guess { int row, tile; uint32 page; };          // a tile whose page is known early
 
     struct Keys {
-        uint32 words[2][Format::kLoaded];     // keys g and g + 8
-        uint32 scale;
+        uint32 words[4][Format::kLoaded];     // keys g, g + 8, g + 16, g + 24
+        uint32 scale, next_scale;
+        uint32 pages[2];                      // of the tile that is fetched next
 
-        // Keys past `last` are not there: the last one is read in their place, and not stored.
-        __device__ void load(const Params& p, uint32 tile, uint32 page, uint32 last, const Lane& lane) {
-            const uint8 *values = p.keys + Format::lane_offset(lane), *scales;
-            uint32 slot = 0;
-            if constexpr (kPaged) {
-                slot = tile % (kPage / kTile) * kTile;
-                values += int64(page) * p.page_stride;
-                scales = p.keys + kPage * Format::kRowBytes + int64(page) * p.page_stride;
+        // Which of a tile's keys a lane has the sum of in the end, and stores.
+        __device__ static uint32 stored(const Lane& lane) {
+            return 16 * (lane.g >> 1 & 1) + 8 * (lane.g & 1) + 2 * lane.t + (lane.g >> 2);
+        }
+
+        __device__ void locate(const Params& p, uint32 table, uint32 tile, uint32 last_key) {
+            if constexpr (kOnePage) {
+                pages[0] = pages[1] = ptx::load_word(p.block_table + (table + tile / (kPage / kTile)));
+            } else if constexpr (kPaged) {
+                pages[0] = ptx::load_word(p.block_table + (table + tile * kTile / kPage));
+                pages[1] = ptx::load_word(p.block_table + (table + min(tile * kTile + kTile / 2, last_key) / kPage));
+            }
+        }
+
+        // Address of one key's bytes, `row_bytes` each. Keys past the last one are not there: it is read in their place.
+        template <int kRowBytes>
+        __device__ static const uint8* address(const uint8* run, int64 page_offset, uint32 tile, uint32 key,
+                                               uint32 last_key) {
+            if constexpr (kOnePage || !kPaged) {
+                const uint32 first = kPaged ? tile % (kPage / kTile) * kTile : 0;
+                if constexpr (!kPaged) page_offset = int64(tile) * (kTile * kRowBytes);
+                return run + page_offset + (first + min(key, last_key - tile * kTile)) * kRowBytes;
             } else {
-                values += int64(tile) * (kTile * Format::kRowBytes);
-                scales = reinterpret_cast<const uint8*>(p.key_scales) + int64(tile) * (kTile * 4);
+                return run + page_offset + min(tile * kTile + key, last_key) % kPage * kRowBytes;
             }
+        }
+
+        template <int Half>
+        __device__ void fetch(const Params& p, uint32 tile, uint32 last_key, const Lane& lane) {
+            const int64 page_offset = int64(pages[Half]) * p.page_stride;
             #pragma unroll
-            for (uint32 j = 0; j < 2; ++j) {
-                Format::load(words[j], values + (slot + min(8 * j + lane.g, last)) * Format::kRowBytes);
+            for (int j = 2 * Half; j < 2 * Half + 2; ++j) {
+                Format::load(words[j], address<Format::kRowBytes>(p.keys + Format::lane_offset(lane), page_offset, tile,
+                                                                  8 * j + lane.g, last_key));
             }
-            scale = ptx::load_word(scales + (slot + min(Format::scale_key(lane, stored_key(lane)), last)) * 4);
+        }
+
+        __device__ void fetch_scale(const Params& p, uint32 tile, uint32 last_key, const Lane& lane) {
+            const uint32 key = Format::scale_key(lane, stored(lane));
+            const int64 page_offset = int64(key < kTile / 2 ? pages[0] : pages[1]) * p.page_stride;
+            const uint8* run = kPaged ? p.keys + kPage * Format::kRowBytes : reinterpret_cast<const uint8*>(p.key_scales);
+            next_scale = ptx::load_word(address<4>(run, page_offset, tile, key, last_key));
         }
     };
 
-    // Which of a tile's keys a lane has the sum of, after `sum_over_quads`.
-    __device__ static uint32 stored_key(const Lane& lane) {
-        return 8 * (lane.g & 1) + 2 * lane.t + (lane.g >> 1 & 1);
-    }
-
-    // sums[8 keys j, column c] over the eight quads: lanes 4 apart split the keys, lanes 8 apart the columns.
-    __device__ static float sum_over_quads(const float (&sums)[2][2], const Lane& lane) {
-        const bool upper = lane.g & 1, odd = lane.g & 2;
-        float half[2];
-        #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const float given = upper ? sums[0][c] : sums[1][c];
-            half[c] = (upper ? sums[1][c] : sums[0][c]) + __shfl_xor_sync(kAllLanes, given, 4);
-        }
-        const float given = odd ? half[0] : half[1];
-        const float sum = (odd ? half[1] : half[0]) + __shfl_xor_sync(kAllLanes, given, 8);
-        return sum + __shfl_xor_sync(kAllLanes, sum, 16);
+    // The sum over heads runs over the quads, in three steps. In each a lane keeps one of two sums and adds to it what the
+    // lane `4 << Step` away has of it, to which it gives the other: in the end a lane has all of one key.
+    template <int Step>
+    __device__ static float exchange(float lower, float upper, const Lane& lane) {
+        const bool keeps_upper = lane.g >> Step & 1;
+        const float given = keeps_upper ? lower : upper;
+        return (keeps_upper ? upper : lower) + __shfl_xor_sync(kAllLanes, given, 4 << Step);
     }
 
     template <int KeyTile, int Step = 0>
@@ -146,6 +164,7 @@ struct Indexer {
         if constexpr (Step + 1 < Format::kSteps) multiply<KeyTile, Step + 1>(scores, query, words, scale, lane);
     }
 
+    // sums[column] over this lane's heads, for 8 keys.
     template <int KeyTile>
     __device__ static void score_keys(float (&sums)[2], const Query& query, const Keys& keys, const Lane& lane) {
         uint32 words[Format::kWords];
@@ -159,44 +178,56 @@ struct Indexer {
         }
     }
 
-    // ---- the loop: one token, tiles from, from + step, ... below to ------------------------------------------------------
+    template <int Half>
+    __device__ static void score_half(float (&sums)[2], const Query& query, const Keys& keys, const Lane& lane) {
+        float lower[2] = {}, upper[2] = {};
+        score_keys<2 * Half>(lower, query, keys, lane);
+        score_keys<2 * Half + 1>(upper, query, keys, lane);
+        #pragma unroll
+        for (int c = 0; c < 2; ++c) sums[c] = exchange<0>(lower[c], upper[c], lane);
+    }
 
-    __device__ static void stream(const Params& p, Query& query, int token, Window window,
-                                  int tile, int step, int to, const Lane& lane) {
+    // ---- the loop: one token, tiles tile, tile + step, ... below to ------------------------------------------------------
+
+    __device__ static void stream(const Params& p, int token, Window window, int tile, int step, int to, Guess guess,
+                                  const Lane& lane) {
         if (tile >= to) return;
-        const int* table = kPaged ? p.block_table + token / p.windows.next_n * p.table_stride : nullptr;
-        const auto page_of = [&](uint32 t) { return kPaged ? ptx::load_word(table + t / (kPage / kTile)) : 0; };
-        const int readable = kPaged ? window.end : p.windows.limit;
+        const int row = token / p.windows.next_n;
+        const uint32 table = row * p.table_stride;         // this row's entries
+        const uint32 last_key = (kPaged ? window.end : p.windows.limit) - 1;
         const int first_column = kPaged || p.columns ? 0 : window.begin;
         Logit* first_logit = reinterpret_cast<Logit*>(p.logits) + token * p.logits_stride + first_column;
-        const int stored = int(stored_key(lane)) - window.begin;
-        const uint32 width = lane.id < 16 ? window.end - window.begin : 0;
+        const int stored = int(Keys::stored(lane)) - (kPaged ? 0 : window.begin);
+        const uint32 width = kPaged ? last_key + 1 : window.end - window.begin;
 
-        uint32 page = page_of(tile);
+        Keys keys;
+        keys.pages[0] = keys.pages[1] = guess.page;
+        if (guess.row != row || guess.tile != tile) keys.locate(p, table, tile, last_key);
+        Query query;
         query.load(p, token, lane);
-        const auto fetch = [&](Keys& keys, int t) {
-            keys.load(p, t, page, readable - 1 - t * kTile, lane);
-            if (t + step < to) page = page_of(t + step);
-        };
-        const auto score = [&](const Keys& keys, int t) {
-            float sums[2][2] = {};
-            score_keys<0>(sums[0], query, keys, lane);
-            score_keys<1>(sums[1], query, keys, lane);
-            const float logit = Format::finish(sum_over_quads(sums, lane), keys.scale);
-            const uint32 n = t * kTile + stored;       // keys before the window wrap around
+        keys.template fetch<0>(p, tile, last_key, lane);
+        keys.template fetch<1>(p, tile, last_key, lane);
+        keys.fetch_scale(p, tile, last_key, lane);
+
+        // One tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied.
+        const auto turn = [&](int next, bool more) {
+            keys.scale = keys.next_scale;
+            float lower[2], upper[2], sums[2];
+            score_half<0>(lower, query, keys, lane);
+            if (more) keys.template fetch<0>(p, next, last_key, lane);
+            if (more) keys.fetch_scale(p, next, last_key, lane);
+            score_half<1>(upper, query, keys, lane);
+            if (more) keys.template fetch<1>(p, next, last_key, lane);
+            if (more && next + step < to) keys.locate(p, table, next + step, last_key);
+            #pragma unroll
+            for (int c = 0; c < 2; ++c) sums[c] = exchange<1>(lower[c], upper[c], lane);
+            const float logit = Format::finish(exchange<2>(sums[0], sums[1], lane), keys.scale);
+            const uint32 n = tile * kTile + stored;        // keys before the window wrap around
             if (n < width) first_logit[n] = Logit(logit);
         };
-
-        Keys even, odd;                       // two tiles in turn, so that no register is ever moved
-        fetch(even, tile);
-        while (true) {
-            if (tile + step < to) fetch(odd, tile + step);
-            score(even, tile);
-            if ((tile += step) >= to) break;
-            if (tile + step < to) fetch(even, tile + step);
-            score(odd, tile);
-            if ((tile += step) >= to) break;
-        }
+        if (tile + step < to) keys.locate(p, table, tile + step, last_key);
+        for (int next; (next = tile + step) < to; tile = next) turn(next, true);
+        turn(tile, false);
     }
 
     // ---- who takes what ------------------------------------------------------------------------------------------------
@@ -207,41 +238,42 @@ struct Indexer {
         return window;
     }
 
-    // Scores tiles [tile_begin, tile_end) for up to kWarps tokens. Where the set of tokens that have keys changes, the warps
-    // are dealt out anew, so none waits on a long row among short ones. Returns where the longest window ends, in tiles.
-    __device__ static int score_tokens(const Params& p, Query& query, int first_token, int count,
-                                       int tile_begin, int tile_end, const Lane& lane) {
-        const int warp = threadIdx.x / 32;
+    // Scores up to kWarps tokens from tile `from` to where the set of tokens that have keys changes, but not past `to`;
+    // returns where it changes, kNever if no token has keys there. After a change the warps are dealt out anew, so none
+    // waits on a long row among short ones.
+    __device__ static int score_span(const Params& p, int first_token, int count, int from, int to, Guess guess,
+                                     const Lane& lane) {
         const Window mine = lane.id < count ? window_of(p, first_token + lane.id) : Window{0, 0};
         const bool empty = mine.begin >= mine.end;
         const int first = empty ? 0 : mine.begin / kTile, last = empty ? 0 : (mine.end - 1) / kTile + 1;
-
-        for (int from = tile_begin, to; from < tile_end; from = to) {
-            const bool active = first <= from && from < last;
-            to = min(tile_end, __reduce_min_sync(kAllLanes, active ? last : first > from ? first : kNever));
-            const uint32 actives = __ballot_sync(kAllLanes, active);
-            const int tokens = __popc(actives);
-            if (tokens == 0) continue;
-            const int share = warp / tokens, shares = kWarps / tokens;
+        const bool active = first <= from && from < last;
+        const int change = __reduce_min_sync(kAllLanes, active ? last : first > from ? first : kNever);
+        const uint32 actives = __ballot_sync(kAllLanes, active);
+        if (actives && from < to) {
+            const int warp = threadIdx.x / 32, tokens = __popc(actives), share = warp / tokens, shares = kWarps / tokens;
             const int rank = __popc(actives & ((1u << lane.id) - 1));
             const int chosen = __ffs(__ballot_sync(kAllLanes, active && rank == warp % tokens)) - 1;
             const Window window{__shfl_sync(kAllLanes, mine.begin, chosen), __shfl_sync(kAllLanes, mine.end, chosen)};
-            if (share < shares) stream(p, query, first_token + chosen, window, from + share, shares, to, lane);
+            if (share < shares) stream(p, first_token + chosen, window, from + share, shares, min(change, to), guess, lane);
         }
-        return __reduce_max_sync(kAllLanes, last);
+        return change;
     }
 
-    // More tokens than warps take turns on a piece of the keys that L1 holds.
-    __device__ static void score_group(const Params& p, Query& query, int first_token, int count,
-                                       int tile_begin, int tile_end, const Lane& lane) {
-        constexpr int kPieceTiles = 32;
-        for (int from = tile_begin, to, last = kNever; from < min(tile_end, last); from = to) {
-            to = count <= kWarps ? tile_end : min(tile_end, from + kPieceTiles);
-            last = 0;
-            for (int i = 0; i < count; i += kWarps) {
-                last = max(last, score_tokens(p, query, first_token + i, min(kWarps, count - i), from, to, lane));
+    // The same for any number of tokens: more than warps take turns on a piece of the keys that L1 holds.
+    __device__ static int score_group(const Params& p, int first_token, int count, int from, int to, Guess guess,
+                                      const Lane& lane) {
+        if constexpr (!kTurns) return score_span(p, first_token, count, from, to, guess, lane);
+        constexpr int kPieceTiles = 16;
+        const int piece = min(to, from + kPieceTiles);
+        bool more = false;
+        for (int i = 0; i < count; i += kWarps) {
+            int tile = from;
+            while (tile < piece) {
+                tile = score_span(p, first_token + i, min(kWarps, count - i), tile, piece, guess, lane);
             }
+            more |= tile != kNever;
         }
+        return more ? piece : kNever;
     }
 
     // ---- paged: a slot of the schedule ---------------------------------------------------------------------------------
@@ -288,18 +320,43 @@ struct Indexer {
         }
     }
 
+    // The page that this warp will need first if the row has keys and all its tokens do: asked for together with the
+    // lengths that would tell, so that only three loads wait for each other before the first mma (schedule, page, key).
+    __device__ static Guess guess_page(const Params& p, int row, int tile, int limit) {
+        Guess guess{row, tile + int(threadIdx.x / 32) / min(p.windows.next_n, kWarps), 0};
+        if (kOnePage && row < limit && guess.tile / (kPage / kTile) < p.table_columns) {
+            guess.page = ptx::load_word(p.block_table + row * p.table_stride + guess.tile / (kPage / kTile));
+        } else {
+            guess.row = -1;
+        }
+        return guess;
+    }
+
+    __device__ static int2 entry_of(const Params& p, int slot) {
+        int2 entry;
+        ptx::load<2>(reinterpret_cast<uint32*>(&entry), p.schedule + slot);
+        return entry;
+    }
+
     __device__ static void run_slot(const Params& p) {
         const Lane lane;
-        const int2 begin = p.schedule[blockIdx.x], end = p.schedule[blockIdx.x + 1];
-        if (begin.x == end.x && begin.y >= end.y) return;
-        const int limit = min(p.windows.rows, end.x + (end.y > 0));
-        Query query;
-        for (int row = begin.x; (row = next_row(p, row, limit, lane)) < limit;) {
+        for (int row = 0, tile = 0;;) {       // the next row, and how far its group has come
+            // All else is read anew in each turn: registers are dearer than a look into L1.
+            const int2 begin = entry_of(p, blockIdx.x), end = entry_of(p, blockIdx.x + 1);
+            const int limit = begin.x == end.x && begin.y >= end.y ? 0 : min(p.windows.rows, end.x + (end.y > 0));
+            row = max(row, begin.x);
+            const Guess guess = guess_page(p, row, tile + (row == begin.x ? begin.y * kTilesPerSplit : 0), limit);
+            row = next_row(p, row, limit, lane);
+            if (row >= limit) return;
             const int first_row = row - row % p.rows_per_group;
             const int rows = min(p.rows_per_group, p.windows.rows - first_row);
-            score_group(p, query, first_row * p.windows.next_n, rows * p.windows.next_n,
-                        boundary(p, begin, first_row, rows, lane), boundary(p, end, first_row, rows, lane), lane);
-            row = first_row + rows;
+            const int from = max(tile, boundary(p, begin, first_row, rows, lane)), to = boundary(p, end, first_row, rows, lane);
+            const int first_token = first_row * p.windows.next_n, count = rows * p.windows.next_n;
+            tile = score_group(p, first_token, count, from, to, guess, lane);
+            if (tile >= to) {
+                tile = 0;
+                row += p.rows_per_group - row % p.rows_per_group;
+            }
         }
     }
 
@@ -307,17 +364,15 @@ struct Indexer {
 
     __device__ static void run_share(const Params& p) {
         const Lane lane;
-        const int first_token = blockIdx.x * kWarps;
-        const int count = min(kWarps, p.windows.rows - first_token);
+        const int first_token = blockIdx.x * kWarps, count = min(kWarps, p.windows.rows - first_token);
         const Window mine = lane.id < count ? window_of(p, first_token + lane.id) : Window{0, 0};
         const bool empty = mine.begin >= mine.end;
         const int first = __reduce_min_sync(kAllLanes, empty ? kNever : mine.begin / kTile);
         const int last = __reduce_max_sync(kAllLanes, empty ? 0 : (mine.end - 1) / kTile + 1);
-        if (first >= last) return;
         const int share = (last - first - 1) / int(gridDim.y) + 1;
-        const int from = first + int(blockIdx.y) * share;
-        Query query;
-        score_tokens(p, query, first_token, count, from, min(last, from + share), lane);
+        const int from = first + int(blockIdx.y) * share, to = min(last, from + share);
+        if (first >= last) return;
+        for (int tile = from; tile < to;) tile = score_span(p, first_token, count, tile, to, {}, lane);
     }
 
     __device__ static void run(const Params& p) {

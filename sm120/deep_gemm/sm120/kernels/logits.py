@@ -11,7 +11,8 @@ import torch
 from ..jit import Kernel, launch
 from .windows import Windows
 
-TILE = 16  # keys that a warp takes at a time
+LEAST_WARPS = 8  # of a block, in any configuration
+TILE = 32  # keys that a warp takes at a time
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
 
 
@@ -27,10 +28,11 @@ class Params(ctypes.Structure):
         ("block_table", ctypes.c_void_p),
         ("schedule", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
-        ("table_stride", ctypes.c_int64),
         ("weights_stride", ctypes.c_int64),
         ("logits_stride", ctypes.c_int64),
         ("page_stride", ctypes.c_uint32),
+        ("table_stride", ctypes.c_int32),
+        ("table_columns", ctypes.c_int32),
         ("rows_per_group", ctypes.c_int32),
         ("columns", ctypes.c_int32),
         ("windows", Windows),
@@ -42,7 +44,8 @@ class Config:
     """What the kernel is compiled for.
 
     page       keys of a page; 0: ragged
-    alignment  of every row of queries and keys, in bytes: the widest load is one of so many
+    alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
+    turns      a request may have more tokens than a block has warps; LEAST_WARPS or fewer need none
     """
 
     arch: str
@@ -53,6 +56,7 @@ class Config:
     weights: torch.dtype
     logits: torch.dtype
     alignment: int = 32
+    turns: bool = False
 
     @property
     def block_scaled(self) -> bool:
@@ -67,7 +71,7 @@ class Config:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
             return 12 if self.heads * self.dim > 4096 and not self.fp4 else 16
-        return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
+        return LEAST_WARPS  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
     @property
     def kernel(self) -> Kernel:
@@ -81,21 +85,17 @@ _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16
 
 @cache
 def _kernel(config: Config, block_scaled: bool) -> Kernel:
-    if not config.fp4:
-        vector = min(config.alignment, 32 if config.arch.startswith(("sm_10", "sm_11", "sm_12")) else 16)
-        format = f"Fp8<{config.dim}, {str(block_scaled).lower()}, {vector}>"
+    if config.fp4:
+        tag, format = "fp4", f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
     else:
-        format = f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
+        vector = min(config.alignment, 32 if config.arch.startswith(("sm_10", "sm_11", "sm_12")) else 16)
+        tag = f"fp8_{'' if block_scaled else 'plain_'}v{vector}"
+        format = f"Fp8<{config.dim}, {str(block_scaled).lower()}, {vector}>"
     (weights, weight), (logits, logit) = _NUMBER[config.weights], _NUMBER[config.logits]
-    name = "_".join(
-        [
-            "fp4" if config.fp4 else "fp8" if block_scaled else "fp8_plain",
-            f"paged{config.page}" if config.page else "ragged",
-            f"mqa_logits_h{config.heads}_d{config.dim}_a{config.alignment}_{weights}_{logits}",
-        ]
-    )
-    indexer = f"Indexer<{format}, {config.heads}, {config.page}, {weight}, {logit}, {config.warps}>"
-    return Kernel(name, "logits.cuh", f"    {indexer}::run(p);", 32 * config.warps, Params)
+    layout = f"paged{config.page}{'_turns' if config.turns else ''}" if config.page else "ragged"
+    name = f"{tag}_{layout}_mqa_logits_h{config.heads}_d{config.dim}_{weights}_{logits}"
+    sizes = f"{config.heads}, {config.page}, {weight}, {logit}, {config.warps}, {str(config.turns).lower()}"
+    return Kernel(name, "logits.cuh", f"    Indexer<{format}, {sizes}>::run(p);", 32 * config.warps, Params)
 
 
 def alignment(*bytes: int) -> int:
@@ -147,10 +147,11 @@ def paged(
         block_table=block_table.data_ptr(),
         schedule=schedule_meta.data_ptr(),
         logits=out.data_ptr(),
-        table_stride=block_table.stride(0),
         weights_stride=weights.stride(0),
         logits_stride=out.stride(0),
         page_stride=page_stride,
+        table_stride=block_table.stride(0),
+        table_columns=block_table.shape[1],
         rows_per_group=rows_per_group(config, windows.rows, windows.next_n, slots),
         windows=windows,
     )

@@ -17,18 +17,19 @@ struct Windows {
     __device__ Window of(int token) const {
         int end;
         if (lengths_per_row == next_n) {
-            end = ends[token];
+            end = ptx::load_word(ends + token);
         } else {
             const int row = token / next_n;
-            end = ends[row] - (next_n - 1 - (token - row * next_n));
+            end = int(ptx::load_word(ends + row)) - (next_n - 1 - (token - row * next_n));
         }
-        return {starts ? max(starts[token], 0) : 0, max(0, min(end, limit))};
+        return {starts ? max(int(ptx::load_word(starts + token)), 0) : 0, max(0, min(end, limit))};
     }
 
     // The keys of a row's longest token.
     __device__ int longest(int row) const {
         int length = 0;
-        for (int i = 0; i < lengths_per_row; ++i) length = max(length, ends[row * lengths_per_row + i]);
+        #pragma unroll 1
+        for (int i = 0; i < lengths_per_row; ++i) length = max(length, int(ptx::load_word(ends + row * lengths_per_row + i)));
         return min(length, limit);
     }
 };
