@@ -1,0 +1,63 @@
+"""The same source for other cards, and the plain MMA on SM12x: compiled for each, run in the emulator."""
+
+import pytest
+from problems import Paged, Ragged, check, poisoned
+
+import deep_gemm
+from deep_gemm.sm120.emulator import recording
+
+OTHERS = ["sm_89", "sm_90a", "sm_100a", "sm_121f"]
+BLOCK_SCALED_FP8 = "mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32.e4m3.e4m3.f32.ue8m0"
+PLAIN_FP8 = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
+FP4 = "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::2X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue8m0"
+FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+
+
+def run(heads: int, dim: int, fp4: bool) -> set[str]:
+    """A paged and a ragged problem against float64; the MMA instructions that were executed."""
+    paged = Paged([[0, 37, 300], [5, 600, 0]], next_n=3, heads=heads, dim=dim, fp4=fp4, slots=7)
+    ragged = Ragged([0, 5, 9], [300, 5, 77], 300, heads=heads, dim=dim, fp4=fp4)
+    with recording() as launches:
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(paged.context_lens, 64, 7)
+        out = poisoned(6, 600)
+        check(deep_gemm.fp8_fp4_paged_mqa_logits(*paged.arguments(schedule), out=out), paged.expected())
+        out = poisoned(3, 300)
+        check(deep_gemm.fp8_fp4_mqa_logits(*ragged.arguments(), True, out=out), ragged.expected(), cleaned=True)
+    return {opcode for launch in launches for opcode in launch.instructions if opcode.startswith("mma")}
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("heads, dim", [(64, 128), (24, 64)])
+@FORMATS
+def test_other_cards(arch: str, heads: int, dim: int, fp4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no block-scaled MMA, FP4 is widened to FP8."""
+    monkeypatch.setenv("DG_SM120_ARCH", arch)
+    native = FP4 if fp4 else BLOCK_SCALED_FP8
+    assert run(heads, dim, fp4) == {native if arch.startswith("sm_12") else PLAIN_FP8}
+
+
+@pytest.mark.parametrize("choice, opcode", [("plain", PLAIN_FP8), ("block_scaled", BLOCK_SCALED_FP8)])
+def test_choice_of_the_fp8_mma(choice: str, opcode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DG_SM120_FP8_MMA", choice)
+    assert run(64, 128, False) == {opcode}
+    assert run(16, 64, True) == {FP4}
+
+
+@pytest.mark.parametrize("exponents", [(0, 255), (1, 254), (0, 1), (250, 254)])
+@pytest.mark.parametrize("arch", ["sm_120f", "sm_90a"])
+def test_scales_at_the_ends_of_their_range(arch: str, exponents: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^-127, 2^127 and NaN (255) as scales of FP4 keys: the same places are infinite, NaN or finite as in float64 that
+    is rounded to fp32 in the end."""
+    import torch
+
+    monkeypatch.setenv("DG_SM120_ARCH", arch)
+    problem = Ragged([0] * 3, [40] * 3, 40, heads=8, fp4=True)
+    values, scales = problem.kv
+    scales.view(torch.uint8).view(40, 4)[::3] = torch.tensor(exponents * 2, dtype=torch.uint8)
+    out = poisoned(3, 40)
+    deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), out=out)
+    ordinary = torch.arange(40) % 3 != 0
+    check(out[:, ordinary], problem.expected()[:, ordinary])
+    if 255 in exponents:
+        assert out[:, ::3].isnan().all()
+    assert (out != -123456.75).all()
