@@ -12,7 +12,8 @@ from .attention import (
     get_paged_mqa_logits_metadata,
 )
 from .checks import ArgumentError
-from .settings import get_num_sms, set_num_sms
+from .prepare import warmup
+from .settings import get_num_sms, get_pdl, set_num_sms, set_pdl
 
 __all__ = [
     "ArgumentError",
@@ -22,5 +23,8 @@ __all__ = [
     "fp8_paged_mqa_logits",
     "get_num_sms",
     "get_paged_mqa_logits_metadata",
+    "get_pdl",
     "set_num_sms",
+    "set_pdl",
+    "warmup",
 ]

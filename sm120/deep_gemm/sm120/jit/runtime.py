@@ -107,17 +107,19 @@ def _current_device() -> int:
 
 
 class DriverError(RuntimeError):
-    """The driver refused; `code` is its CUresult."""
+    """What the driver refused, and its words; `code` is its CUresult."""
 
     def __init__(self, what: str, code: Any) -> None:
-        _, words = _driver().cuGetErrorString(code)
-        super().__init__(f"{what}: {code.name}: {words.decode() if words else 'unknown to this driver'}")
+        from cuda.bindings import driver
+
+        _, words = driver.cuGetErrorString(code)
+        super().__init__(f"{what}: {code.name}{f' ({words.decode()})' if words else ''}")
         self.code = code
 
 
 def _launch_on_gpu(kernel: Kernel, index: int, stream: int, grid: tuple[int, int], parameters: Any) -> None:
-    driver = _driver()
     function = _loaded.get((kernel, index)) or _function(kernel, index, stream)
+    driver = _driver()
     pointers = ctypes.c_void_p(ctypes.addressof(parameters))  # an array of one pointer, to the one argument
     if settings.get_pdl() and _capability(index) >= (9, 0):
         start, arguments = driver.cuLaunchKernelEx, (_overlapping(grid, kernel.threads, stream), function)
@@ -133,7 +135,7 @@ def _launch_on_gpu(kernel: Kernel, index: int, stream: int, grid: tuple[int, int
         driver.cuCtxSetCurrent(_primary_context(index))
         (error,) = start(*arguments)
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise DriverError(f"{kernel.name} on cuda:{index}, launch", error)
+        raise DriverError(f"{kernel.name} cannot be launched on cuda:{index}", error)
 
 
 def _overlapping(grid: tuple[int, int], threads: int, stream: int) -> Any:
@@ -154,21 +156,26 @@ def _function(kernel: Kernel, index: int, stream: int) -> Any:
     """The kernel loaded on GPU `index`, a CUfunction. `stream` is where it is about to be launched."""
     with _loading:
         if (kernel, index) not in _loaded:
-            with _context(index):
-                if _is_capturing(stream):
-                    raise RuntimeError(
-                        f"{kernel.name} is not ready on cuda:{index}, and a CUDA graph is being captured; "
-                        "before the capture, call deep_gemm.sm120.warmup() or the function itself once"
-                    )
-                _loaded[kernel, index] = _shipped_or_compiled(kernel, index)
+            try:
+                with _context(index):
+                    if _is_capturing(stream):
+                        raise RuntimeError(
+                            f"{kernel.name} is not ready on cuda:{index}, and a CUDA graph is being captured; "
+                            "before the capture, call deep_gemm.sm120.warmup() or the function itself once"
+                        )
+                    _loaded[kernel, index] = _shipped_or_compiled(kernel, index)
+            except DriverError as error:
+                raise RuntimeError(f"{kernel.name} cannot be made ready on cuda:{index}: {error}") from error
     return _loaded[kernel, index]
 
 
 def _is_capturing(stream: int) -> bool:
     driver = _driver()
     error, status = driver.cuStreamIsCapturing(stream)
-    implicit = driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT  # the default stream, while another one is captured
-    return error == implicit or status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+    if error == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:  # the default stream, while another one is captured
+        return True
+    _checked("asking the stream for a capture", (error,))
+    return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
 def _shipped_or_compiled(kernel: Kernel, index: int) -> Any:
@@ -181,26 +188,33 @@ def _shipped_or_compiled(kernel: Kernel, index: int) -> Any:
             codes = _driver().CUresult
             if error.code not in (codes.CUDA_ERROR_NO_BINARY_FOR_GPU, codes.CUDA_ERROR_INVALID_IMAGE):
                 raise
-            _warn_once(f"a kernel that came with deep_gemm does not load, so they are compiled instead: {error}")
+            _warn_of_shipped(f"{kernel.name} on cuda:{index}: {error}")
     return _load_cubin(kernel, index, compile_kernel(kernel, arch, "cubin"))
 
 
 def _load_cubin(kernel: Kernel, index: int, cubin: bytes) -> Any:
     driver = _driver()
     major, minor = _capability(index)
-    what = f"{kernel.name} on cuda:{index} (SM {major}.{minor}, driver for CUDA {_driver_version()})"
-    library = _checked(f"{what}, load", driver.cuLibraryLoadData(cubin, None, None, 0, None, None, 0))
+    what = f"loading a cubin for {_architecture_of_gpu(index)} on SM{major}{minor}, driver for CUDA {_driver_version()}"
+    library = _checked(what, driver.cuLibraryLoadData(cubin, None, None, 0, None, None, 0))
     try:
-        function = _checked(f"{what}, find", driver.cuLibraryGetKernel(library, kernel.name.encode()))
+        function = _checked("finding the kernel", driver.cuLibraryGetKernel(library, kernel.name.encode()))
     except DriverError:
         driver.cuLibraryUnload(library)
         raise
     return driver.CUfunction(int(function))  # a CUkernel may stand where a CUfunction does
 
 
-@once
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+_warned_of_shipped = False
+
+
+def _warn_of_shipped(reason: str) -> None:
+    """Once: what is wrong with one of them is wrong with all."""
+    global _warned_of_shipped
+    if not _warned_of_shipped:
+        _warned_of_shipped = True
+        message = f"The kernels that came with deep_gemm do not load and are compiled instead ({reason})"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @once
@@ -210,7 +224,7 @@ def _driver():
 
     (error,) = driver.cuInit(0)
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"The CUDA driver cannot be initialised: {error.name}")
+        raise DriverError("initialising the driver", error)
     return driver
 
 
@@ -226,8 +240,8 @@ def _checked(what: str, result: tuple) -> Any:
 def _context(index: int) -> Iterator[None]:
     """The context that PyTorch and the CUDA runtime use on GPU `index`, current for a while."""
     driver = _driver()
-    before = _checked("current context", driver.cuCtxGetCurrent())
-    _checked(f"context of cuda:{index}", driver.cuCtxSetCurrent(_primary_context(index)))
+    before = _checked("asking for the context", driver.cuCtxGetCurrent())
+    _checked(f"taking the context of cuda:{index}", driver.cuCtxSetCurrent(_primary_context(index)))
     try:
         yield
     finally:
@@ -237,17 +251,17 @@ def _context(index: int) -> Iterator[None]:
 @once
 def _primary_context(index: int) -> Any:
     driver = _driver()
-    device = _checked(f"cuda:{index}", driver.cuDeviceGet(index))
-    return _checked(f"context of cuda:{index}", driver.cuDevicePrimaryCtxRetain(device))
+    device = _checked(f"asking for cuda:{index}", driver.cuDeviceGet(index))
+    return _checked(f"taking the context of cuda:{index}", driver.cuDevicePrimaryCtxRetain(device))
 
 
 @once
 def _capability(index: int) -> tuple[int, int]:
     driver = _driver()
     names = driver.CUdevice_attribute
-    device = _checked(f"cuda:{index}", driver.cuDeviceGet(index))
+    device = _checked(f"asking for cuda:{index}", driver.cuDeviceGet(index))
     return tuple(
-        _checked(f"cuda:{index}", driver.cuDeviceGetAttribute(name, device))
+        _checked(f"asking for cuda:{index}", driver.cuDeviceGetAttribute(name, device))
         for name in (
             names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -264,5 +278,5 @@ def _architecture_of_gpu(index: int) -> str:
 
 
 def _driver_version() -> str:
-    version = _checked("driver's version", _driver().cuDriverGetVersion())
+    version = _checked("asking for the driver's version", _driver().cuDriverGetVersion())
     return f"{version // 1000}.{version % 1000 // 10}"
