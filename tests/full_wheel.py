@@ -27,7 +27,7 @@ INDEXER = {
     "fp8_mqa_logits",
     "fp8_fp4_mqa_logits",
 }
-SETTINGS = {"get_num_sms", "set_num_sms"}
+SETTINGS = {"get_num_sms", "set_num_sms", "get_pdl", "set_pdl"}
 # What SGLang probes and calls, besides the indexer.
 SGLANG = {
     "fp8_einsum",
@@ -36,7 +36,6 @@ SGLANG = {
     "m_grouped_bf16_gemm_nt_contiguous",
     "m_grouped_fp8_fp4_gemm_nt_contiguous",
     "m_grouped_fp8_fp4_gemm_nt_masked",
-    "set_pdl",
     "tf32_hc_prenorm_gemm",
     "transform_sf_into_required_layout",
 }

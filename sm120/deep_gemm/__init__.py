@@ -71,6 +71,8 @@ _OURS = {
     "fp8_fp4_mqa_logits": _dispatched,
     "set_num_sms": _in_step,
     "get_num_sms": lambda ours: ours,
+    "set_pdl": _in_step,
+    "get_pdl": lambda ours: ours,
 }
 globals().update({name: wrap(getattr(sm120, name)) for name, wrap in _OURS.items() if hasattr(sm120, name)})
 

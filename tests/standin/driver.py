@@ -108,6 +108,15 @@ class Standin:
         """Names of the calls since the last time; launches are not among them."""
         return self.library.standin_calls().decode().split()
 
+    def without_emulator(self) -> None:
+        """Launches end here, and do nothing: for timing what comes before."""
+        from deep_gemm.sm120.jit import runtime
+
+        self.library.standin_on_launch(None)
+        runtime._emulate = lambda kernel, grid, parameters, *_: runtime._launch_on_gpu(
+            kernel, 0, self.stream, grid, parameters
+        )
+
     def take_over(self) -> None:
         """What would be emulated goes through the driver instead: tensors on the CPU are this card's."""
         from deep_gemm.sm120.emulator import Buffer
