@@ -158,10 +158,13 @@ def test_plain(shape, a_kind, b_kind, k):
 def test_integers_and_half_accumulators():
     a_codes, a = elements("s8", (WARPS, 16, 32))
     b_codes, b = elements("u8", (WARPS, 32, 8))
-    c = RNG.integers(-(2**31), 2**31, (WARPS, 16, 8)).astype(np.int32)
+    c = RNG.choice([-(2**31), 2**31 - 1, 0, 12345], (WARPS, 16, 8)).astype(np.int32)
     got = run("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32", pack_a(a_codes, 8), pack_b(b_codes, 8), pack_d(c))
     want = (a @ b).astype(np.int64) + c
     np.testing.assert_array_equal(got, pack_d(want).astype(np.uint64).astype(np.uint32))
+    opcode = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.u8.s32"
+    got = run(opcode, pack_a(a_codes, 8), pack_b(b_codes, 8), pack_d(c))
+    np.testing.assert_array_equal(got.view(np.int32), pack_d(np.clip(want, -(2**31), 2**31 - 1)))
 
     a_codes, a = elements("f16", (WARPS, 16, 16))
     b_codes, b = elements("f16", (WARPS, 16, 8))

@@ -292,7 +292,7 @@ def immediate(text: str) -> Imm | None:
         return Imm(int(text[2:], 16), "f64")
     if FLOAT.match(text):
         return Imm(struct.unpack("<Q", struct.pack("<d", float(text)))[0], "f64")
-    return Imm(32, "int") if text == "WARP_SZ" else None
+    return None
 
 
 class Body:
@@ -369,6 +369,10 @@ class Body:
 
     def _operand(self, text: str, position: int):
         first = text[0]
+        if text == "WARP_SZ":
+            return Imm(32, "int")
+        if first == "(":  # what a call takes and returns; calls are refused later, by name
+            return Sym(text)
         if first == "%" or first.isalpha() or first in "_$":
             if "|" in text:
                 return Pair(*(self._operand(half.strip(), position) for half in text.split("|")))
@@ -389,7 +393,7 @@ class Body:
 
     def _address(self, text: str, position: int) -> Addr:
         base, *extra = (part.strip() for part in OPERAND.findall(text))
-        found = re.match(r"([^+\s]+)\s*(?:\+\s*(-?\w+))?$", base)
+        found = re.match(r"([\w$%.]+)\s*(?:\+\s*(-?\w+))?$", base)
         if not found:
             raise self.parser.fail(position, f"cannot read the address [{text}]")
         name, offset = found.groups()

@@ -98,10 +98,8 @@ def float_add(i: Instruction):
     if mode == "rn":
         return finished(np.subtract if sign < 0 else np.add, i)
     if kind is F64:
-        return lambda a, b: exactly(lambda x, y: x + sign * y, mode, a, b)
-    return finished(
-        lambda a, b: narrow(add_odd(a.astype(np.float64), sign * b.astype(np.float64)), np.float32, mode), i
-    )
+        return lambda a, b: exactly(lambda x, y: x + sign * y, mode, a, b, addends=lambda x, y: (x, sign * y))
+    return finished(lambda a, b: rounded_sum(a.astype(np.float64), sign * b.astype(np.float64), mode), i)
 
 
 def float_multiply(i: Instruction):
@@ -121,12 +119,19 @@ def float_fma(i: Instruction):
     if kind.kind == "n" or kind.name == "f16":
         return on_float64(lambda a, b, c: add_odd(a * b, c), i, kind)
     if kind is F64:
-        return lambda a, b, c: exactly(lambda x, y, z: x * y + z, mode, a, b, c)
+        terms = lambda x, y, z: (x * y, z)  # noqa: E731
+        return lambda a, b, c: exactly(lambda x, y, z: x * y + z, mode, a, b, c, addends=terms)
     if mode == "rn":
         return finished(fma32, i)
-    return finished(
-        lambda a, b, c: narrow(add_odd(a.astype(np.float64) * b, c.astype(np.float64)), np.float32, mode), i
-    )
+    return finished(lambda a, b, c: rounded_sum(a.astype(np.float64) * b, c.astype(np.float64), mode), i)
+
+
+def rounded_sum(a, b, mode: str):
+    """a + b of float64 as float32; downwards, x - x is -0."""
+    total = add_odd(a, b)
+    if mode == "rm":
+        total = np.where((total == 0) & (np.signbit(a) | np.signbit(b)), -0.0, total)
+    return narrow(total, np.float32, mode)
 
 
 def fma32(a, b, c):
@@ -146,16 +151,19 @@ def fma32(a, b, c):
     return result
 
 
-def exactly(function, mode: str, *sources):
-    """A float64 result rounded once from the exact rational one; scalar by scalar, for what is rare."""
+def exactly(function, mode: str, *sources, addends=None):
+    """A float64 result rounded once from the exact rational one; scalar by scalar, for what is rare.
+
+    ``addends`` gives the two terms of a sum, for the sign of zero.
+    """
 
     def one(*values: float) -> float:
         plain = function(*values)
         if not np.isfinite(plain) and not all(map(np.isfinite, values)):
             return plain
         exact = function(*map(Fraction, values))
-        if exact == 0:
-            return -0.0 if mode == "rm" and plain == 0 and np.signbit(plain) else plain
+        if exact == 0:  # its sign: as the plain operation has it, but downwards x - x is -0
+            return -0.0 if mode == "rm" and addends and any(map(np.signbit, addends(*values))) else plain
         try:
             nearest = float(exact)
         except OverflowError:
