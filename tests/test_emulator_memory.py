@@ -389,7 +389,7 @@ def test_trace_counts_sectors_once_a_block_and_once_a_request():
 def test_sanitizer_sees_accesses_and_registers():
     class Watch:
         def __init__(self):
-            self.accesses, self.reads, self.writes = [], set(), set()
+            self.accesses, self.reads, self.writes, self.sources = [], set(), set(), []
 
         def access(self, wave, access):
             self.accesses.append((access.kind, access.space, access.lanes.count, access.nbytes))
@@ -400,6 +400,9 @@ def test_sanitizer_sees_accesses_and_registers():
         def register_write(self, wave, instruction, register, lanes):
             self.writes.add(register.name)
 
+        def shuffle(self, wave, instruction, lanes, sources):
+            self.sources += sources.tolist()
+
     watch, a = Watch(), np.zeros(32, U32)
     body = """mad.lo.u64 %d1, %tid64, 4, %at0; setp.lt.u32 %p1, %tid, 7; @%p1 ld.global.u32 %r1, [%d1];
     add.u32 %r2, %r1, %r3;
@@ -407,4 +410,7 @@ def test_sanitizer_sees_accesses_and_registers():
     launch(body, [a], extra=".shared .align 4 .b8 s[4];", sanitize=watch, shared=4)
     kinds = [access for access in watch.accesses if access[1] != "global" or access[3] == 4]
     assert kinds == [("read", "global", 7, 4), ("write", "shared", 32, 4), ("atomic", "global", 32, 4)]
+    shuffle = "setp.lt.u32 %p1, %tid, 30; @%p1 ret; shfl.sync.idx.b32 %r1, %tid, 7, 31, -1;"
+    launch(shuffle, [a], sanitize=watch)
+    assert watch.sources == [7, 7]  # a lane that has left
     assert {"%r1", "%r3", "%p1"} <= watch.reads and "%r3" not in watch.writes and "%r5" in watch.writes

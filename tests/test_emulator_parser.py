@@ -85,8 +85,8 @@ def test_addresses():
 
 
 def test_registers_may_be_declared_one_by_one_and_late():
-    body = """.reg .b32 x, y1, y<3>; .reg .f32 f; mov.u32 x, 5; mov.u32 y1, 6; mov.u32 y2, 7; .reg .b32 z; add.u32 z, x, y1;
-    add.u32 z, z, y2; st.global.u32 [%at0], z;"""
+    body = """.reg .b32 x, y1, y<3>; .reg .f32 f; mov.u32 x, 5; mov.u32 y1, 6; mov.u32 y2, 7; .reg .b32 z;
+    add.u32 z, x, y1; add.u32 z, z, y2; st.global.u32 [%at0], z;"""
     out = np.zeros(1, U32)
     launch(body, [out])
     assert out[0] == 18
@@ -112,7 +112,7 @@ def test_labels_are_found_outwards_only():
         (".visible .entry k(.param .u17 x) { }", r"unknown type \.u17"),
         ("nonsense;", "cannot read this statement of the module"),
         (".global .u32 x[2] = {1, what};", "cannot read the initial value 'what'"),
-        (".visible .entry k() { .reg .b64 d; ld.global.u32 d, [d*2]; }", r"cannot read the address \[d\*2\]"),
+        (".entry k() { .reg .b64 d; ld.global.u32 d, [d*2]; }", r"cannot read the address \[d\*2\]"),
     ],
 )
 def test_what_cannot_be_read_names_its_line(text, message):

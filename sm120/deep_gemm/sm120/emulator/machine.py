@@ -86,8 +86,7 @@ class Module:
         buffers        all global memory that the kernel may touch; pointers are host addresses
         shared_bytes   dynamic shared memory of a block, in bytes
         trace          also count the distinct 32-byte sectors read (see Counters); slower
-        sanitize       an observer with ``access(wave, access)``, ``register_read(wave, instruction, register, lanes)``
-                       and ``register_write(...)``; see memory.Access
+        sanitize       an observer, see memory.Sanitizer
 
         Raises EmulatorError for wrong arguments, unknown instructions, accesses outside the buffers, misaligned or to
         read-only memory, barriers that cannot be passed and warps that diverge at .aligned instructions.

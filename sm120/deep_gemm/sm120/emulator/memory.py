@@ -99,7 +99,23 @@ class Access(NamedTuple):
 
 
 class Observer(Protocol):
+    """Is told of every access to memory."""
+
     def access(self, wave, access: Access) -> None: ...
+
+
+class Sanitizer(Observer, Protocol):
+    """Is told of registers and shuffles too; may raise errors.Fault to stop the kernel at this instruction.
+
+    ``lanes`` run the instruction; ``sources`` [lanes.count] are the lanes that a shuffle reads from, told only where the
+    warp is not whole.
+    """
+
+    def register_read(self, wave, instruction, register, lanes: Lanes) -> None: ...
+
+    def register_write(self, wave, instruction, register, lanes: Lanes) -> None: ...
+
+    def shuffle(self, wave, instruction, lanes: Lanes, sources: np.ndarray) -> None: ...
 
 
 def first_lane(lanes: Lanes, bad: np.ndarray) -> int:
