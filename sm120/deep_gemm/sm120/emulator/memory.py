@@ -107,8 +107,8 @@ class Observer(Protocol):
 class Sanitizer(Observer, Protocol):
     """Is told of registers and shuffles too; may raise errors.Fault to stop the kernel at this instruction.
 
-    ``lanes`` run the instruction; ``sources`` [lanes.count] are the lanes that a shuffle reads from, told only where the
-    warp is not whole.
+    ``lanes`` run the instruction; ``sources`` [lanes.count] are the lanes that a shuffle reads from, told only where
+    the warp is not whole.
     """
 
     def register_read(self, wave, instruction, register, lanes: Lanes) -> None: ...
