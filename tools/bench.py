@@ -736,6 +736,9 @@ def run(args: argparse.Namespace, device: torch.device, say: Callable[[str], Non
     """Everything: the content of bench.json."""
     began = time.monotonic()
     peers, missing = find_peers()
+    if args.peers:
+        missing.update({name: "not asked for" for name in peers if name not in (*args.peers, "ours")})
+        peers = {name: prepare for name, prepare in peers.items() if name not in missing}
     say(f"peers: {', '.join(peers)}")
     for name, reason in missing.items():
         say(f"not here: {name} ({reason})")
@@ -987,6 +990,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few sizes")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its sizes, time nothing")
     parser.add_argument("--heads", type=int, choices=(64, 32, 16), default=64, help="of the indexer (64)")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="beside ours only these (all that are installed)")
     parser.add_argument("--out", type=Path, help="folder for the results (./bench-<device>-<date>)")
     parser.add_argument("--device", type=int, default=0, help="which GPU (0)")
     parser.add_argument("--seconds", type=float, help="about so many for each time taken (0.08, --quick 0.15)")
