@@ -3,6 +3,8 @@
 # make wheel    the wheel, into dist/
 # make lint     the style check
 # make test-clients  SGLang's own classes on our wheel, in an environment of their own (Python 3.11 or later)
+# make test-vllm     vLLM's wrappers on our wheel; fetches vLLM's wheel, 0.3 GB (Python 3.11 or later)
+# make test-upstream DeepGEMM's own tests of the logits, if the submodule is checked out (ARGS="--cases 40")
 # make test-wheel  the full wheel where upstream's library loads: in an environment of its own, 5.5 GB
 # make clean    removes the environments and what was built
 # DG_UPSTREAM=none with any of them: without upstream's package, nothing of it is fetched.
@@ -14,7 +16,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test wheel lint test-clients test-wheel clean
+.PHONY: demo test wheel lint test-clients test-vllm test-upstream test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -33,6 +35,12 @@ lint: $(VENV)/.requirements
 test-clients: $(VENV)-clients/.ready dist/.$(KIND)
 	$(VENV)-clients/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	$(VENV)-clients/bin/python -m pytest tests/client_sglang.py $(ARGS)
+
+test-vllm: $(VENV)/.$(KIND) build/vllm/.ready
+	DG_VLLM_WHEEL=$$(ls build/vllm/*.whl) $(BIN)/python -m pytest tests/client_vllm.py $(ARGS)
+
+test-upstream: $(VENV)/.$(KIND)
+	$(BIN)/python tools/run_upstream_tests.py $(ARGS)
 
 test-wheel: $(VENV)-wheel/.ready dist/.full
 	$(VENV)-wheel/bin/python -m pytest tests/full_wheel.py $(ARGS)
@@ -61,6 +69,11 @@ $(VENV)-clients/.ready: requirements.txt requirements-clients.txt
 	test -x $(VENV)-clients/bin/pip || $(PYTHON) -m venv $(VENV)-clients
 	$(VENV)-clients/bin/pip install --quiet --requirement requirements.txt
 	$(VENV)-clients/bin/pip install --quiet --no-deps --requirement requirements-clients.txt
+	touch $@
+
+build/vllm/.ready: $(VENV)/.requirements
+	rm -rf build/vllm
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --dest build/vllm vllm==0.33.0
 	touch $@
 
 # PyTorch's CUDA build, of the release that upstream's library is built against, and the test runner.

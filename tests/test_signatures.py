@@ -176,22 +176,34 @@ class TestSGLang:
 
 
 class TestVLLM:
-    """vLLM 0.33.0: q is always a pair, paged takes seven arguments, ragged takes max_seqlen_k sixth."""
+    """vLLM 0.33.0: q is always a pair, paged takes seven arguments and at most `indices` by name, ragged takes
+    max_seqlen_k sixth. On its own wrappers: client_vllm.py."""
 
-    def test_paged(self, device: str) -> None:
-        problem = Paged([[40, 41], [0, 0], [100, 101]], next_n=2, device=device)
+    @FORMATS
+    def test_paged(self, fp4: bool, device: str) -> None:
+        problem = Paged([[40, 41], [0, 0], [100, 101]], next_n=2, fp4=fp4, device=device)
         schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 170)
         captured = torch.zeros_like(schedule)
         captured[:] = schedule
         q, *rest = problem.arguments(captured)
-        logits = deep_gemm.fp8_fp4_paged_mqa_logits((q, None), *rest)
+        logits = deep_gemm.fp8_fp4_paged_mqa_logits(q if fp4 else (q, None), *rest)
         inside = problem.expected().cpu() != -torch.inf
         check(torch.where(inside, logits.cpu(), POISON), problem.expected().cpu())
 
-    def test_ragged(self, device: str) -> None:
-        problem = Ragged([0, 0, 7], [5, 20, 7], 20, device=device)
+    def test_rows_of_one_request(self, device: str) -> None:
+        problem = Paged([[40], [41], [100]], device=device)
+        indices = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 170, indices=indices)
+        q, *rest = problem.arguments(schedule)
+        logits = deep_gemm.fp8_fp4_paged_mqa_logits((q, None), *rest, indices=indices)
+        inside = problem.expected().cpu() != -torch.inf
+        check(torch.where(inside, logits.cpu(), POISON), problem.expected().cpu())
+
+    @FORMATS
+    def test_ragged(self, fp4: bool, device: str) -> None:
+        problem = Ragged([0, 0, 7], [5, 20, 7], 20, fp4=fp4, device=device)
         q, kv, weights, ks, ke = problem.arguments()
-        logits = deep_gemm.fp8_fp4_mqa_logits((q, None), kv, weights, ks, ke, 20)
+        logits = deep_gemm.fp8_fp4_mqa_logits(q if fp4 else (q, None), kv, weights, ks, ke, 20)
         assert logits.shape == (3, 20)
         expected = problem.expected(20).cpu()
         check(torch.where(expected != -torch.inf, logits.cpu(), POISON), expected)
