@@ -13,11 +13,13 @@ import torch
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference
 from deep_gemm.sm120.emulator import Counters, recording
+from deep_gemm.sm120.jit import compile_kernel
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import bench  # noqa: E402
+import sass  # noqa: E402
 from bench import Case  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -118,6 +120,17 @@ def test_mma_loop_does_what_is_counted(name: str) -> None:
     assert not done.bytes_read.total() and done.bytes_written.total() == sink.nbytes
     sums = sink.view(torch.float32)
     assert sums.isfinite().all() and sums.unique().numel() > 500  # random, no NaN
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a", "sm_120f"])
+def test_mma_loop_multiplies_in_every_turn(arch: str) -> None:
+    """On SM90 the instruction is emulated with two HMMAs; none of them may have been moved out of the loop."""
+    for name in bench.mma_kinds(arch):
+        kernel = bench.mma_loop(name)
+        function = sass.disassemble(compile_kernel(kernel, arch, "cubin"))[kernel.name]
+        turns = function.mma_loop().macs / (8 * 16 * 8 * (64 if name == "fp4" else 32))
+        assert turns in (1, 2, 4, 8), f"{name} for {arch}: {turns} turns' worth of products in the loop"
+        assert function.resources.stack == 0
 
 
 def test_other_cards_have_the_plain_mma_alone() -> None:

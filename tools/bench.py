@@ -522,32 +522,35 @@ READ = Probe(
 
 _CHAINS = 8  # independent sums of a warp
 _MMA = {  # name: (instruction, k)
-    "fp8_plain": ("ptx::mma_e4m3(sums[c], a, b[0], b[1])", 32),
-    "fp8_block_scaled": ("ptx::mma_e4m3_block_scaled(sums[c], a, b[0], b[1], 0x7f7f7f7f)", 32),
-    "fp4": ("ptx::mma_e2m1<0, 0, 0>(sums[c], a, b[0], b[1], 0x7f7f7f7f, 0x7f7f7f7f)", 64),
+    "fp8_plain": ("ptx::mma_e4m3(sums[c], a, b0, b1)", 32),
+    "fp8_block_scaled": ("ptx::mma_e4m3_block_scaled(sums[c], a, b0, b1, 0x7f7f7f7f)", 32),
+    "fp4": ("ptx::mma_e2m1<0, 0, 0>(sums[c], a, b0, b1, 0x7f7f7f7f, 0x7f7f7f7f)", 64),
 }
 
 
 @functools.cache
 def mma_loop(name: str) -> Probe:
-    """Nothing but MMAs on random numbers: `count` turns of _CHAINS in each of 16 warps."""
+    """Nothing but MMAs on random numbers: `count` turns of _CHAINS in each of 16 warps.
+
+    Every chain has a `b` of its own and every turn other signs: where the instruction is emulated (SM90: the product
+    first, then a plain addition) the compiler would else multiply once and only add in the loop (24 Nov 2026).
+    """
     body = f"""
-    uint32 a[4], b[2];
+    uint32 a[4], b[{_CHAINS}][2];
     #pragma unroll
-    for (int i = 0; i < 6; ++i) {{
-        uint32 word = uint32(id * 6 + i + 1) * 2654435761u;
+    for (int i = 0; i < 4 + 2 * {_CHAINS}; ++i) {{
+        uint32 word = uint32(id * (4 + 2 * {_CHAINS}) + i + 1) * 2654435761u;
         word = (word ^ word >> 15) * 2246822519u & 0xf7f7f7f7;    // no NaN among them
-        (i < 4 ? a[i] : b[i - 4]) = word;
+        (i < 4 ? a[i] : b[(i - 4) / 2][i % 2]) = word;
     }}
-    float sums[{_CHAINS}][4];
-    #pragma unroll
-    for (int c = 0; c < {_CHAINS}; ++c) {{
-        #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[c][i] = c + id;          // else all chains would be one
-    }}
+    float sums[{_CHAINS}][4] = {{}};
     for (int64 turn = 0; turn < p.count; ++turn) {{
+        const uint32 signs = uint32(turn) * 2654435761u & 0x80808080;
         #pragma unroll
-        for (int c = 0; c < {_CHAINS}; ++c) {_MMA[name][0]};
+        for (int c = 0; c < {_CHAINS}; ++c) {{
+            const uint32 b0 = b[c][0] ^ signs, b1 = b[c][1] ^ signs;
+            {_MMA[name][0]};
+        }}
     }}
     float all = 0;
     #pragma unroll
@@ -623,8 +626,7 @@ class Clock:
             once = time.perf_counter() - start
             repeats = max(3, min(40, int(self.seconds / max(once, 20e-6))))
             torch.cuda._sleep(int(2e9 * min(0.05, (host + 20e-6) * repeats)))
-        events = []
-        spent = 0.0
+        events, host_times = [], []
         for _ in range(repeats):
             if cold:
                 self.flush()
@@ -633,13 +635,13 @@ class Clock:
             begin.record()
             start = time.perf_counter()
             call()
-            spent += time.perf_counter() - start
+            host_times.append(time.perf_counter() - start)
             end.record()
             events.append((begin, end))
         torch.cuda.synchronize()
         times = sorted(1e3 * begin.elapsed_time(end) for begin, end in events)
         low, high = times[len(times) // 10], times[-1 - len(times) // 10]
-        return Timing(statistics.median(times), low, high, repeats, 1e6 * spent / repeats)
+        return Timing(statistics.median(times), low, high, repeats, 1e6 * statistics.median(host_times))
 
 
 def measure_ceilings(device: torch.device, clock: Clock) -> dict[str, Any]:
@@ -993,10 +995,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="beside ours only these (all that are installed)")
     parser.add_argument("--out", type=Path, help="folder for the results (./bench-<device>-<date>)")
     parser.add_argument("--device", type=int, default=0, help="which GPU (0)")
-    parser.add_argument("--seconds", type=float, help="about so many for each time taken (0.08, --quick 0.15)")
+    parser.add_argument("--seconds", type=float, default=0.15, help="about so many for each time taken (0.15)")
     parser.add_argument("--minutes", type=float, help="start no case after so many (9, --quick 1.2)")
     args = parser.parse_args(arguments)
-    args.seconds = args.seconds or (0.15 if args.quick else 0.08)
     args.minutes = args.minutes or (1.2 if args.quick else 9)
     return args
 
