@@ -5,6 +5,7 @@ from problems import Paged, Ragged, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120.emulator import recording
+from deep_gemm.sm120.kernels import logits
 
 OTHERS = ["sm_89", "sm_90a", "sm_100a", "sm_121f"]
 BLOCK_SCALED_FP8 = "mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32.e4m3.e4m3.f32.ue8m0"
@@ -39,8 +40,12 @@ def test_other_cards(arch: str, heads: int, dim: int, fp4: bool, monkeypatch: py
 @pytest.mark.parametrize("choice, opcode", [("plain", PLAIN_FP8), ("block_scaled", BLOCK_SCALED_FP8)])
 def test_choice_of_the_fp8_mma(choice: str, opcode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DG_SM120_FP8_MMA", choice)
-    assert run(64, 128, False) == {opcode}
-    assert run(16, 64, True) == {FP4}
+    logits.configure.cache_clear()  # the switch is read when a configuration is first used
+    try:
+        assert run(64, 128, False) == {opcode}
+        assert run(16, 64, True) == {FP4}
+    finally:
+        logits.configure.cache_clear()
 
 
 @pytest.mark.parametrize("exponents", [(0, 255), (1, 254), (0, 1), (250, 254)])

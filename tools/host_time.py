@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -32,23 +33,24 @@ def cases() -> dict[str, Callable[[], object]]:
 
     import deep_gemm
 
+    out = torch.empty(BATCH, 1000)
     found: dict[str, Callable[[], object]] = {}
     for fp4 in (False, True):
         kind = "FP4" if fp4 else "FP8"
-        paged, ragged = Paged([[1000]] * BATCH, fp4=fp4), Ragged([0] * BATCH, [1000] * BATCH, 1000, fp4=fp4)
-        lens = paged.context_lens
-        schedule = deep_gemm.get_paged_mqa_logits_metadata(lens, 64, 188)
-        arguments, out = paged.arguments(schedule), torch.empty(BATCH, 1000)
-        function = deep_gemm.fp8_fp4_paged_mqa_logits if fp4 else deep_gemm.fp8_paged_mqa_logits
-        prefill = deep_gemm.fp8_fp4_mqa_logits if fp4 else deep_gemm.fp8_mqa_logits
+        paged = Paged([[1000]] * BATCH, fp4=fp4)
+        plan = partial(deep_gemm.get_paged_mqa_logits_metadata, paged.context_lens, 64, 188)
+        paged_logits = deep_gemm.fp8_fp4_paged_mqa_logits if fp4 else deep_gemm.fp8_paged_mqa_logits
+        decode = partial(paged_logits, *paged.arguments(plan()))
+        logits = deep_gemm.fp8_fp4_mqa_logits if fp4 else deep_gemm.fp8_mqa_logits
+        prefill = partial(logits, *Ragged([0] * BATCH, [1000] * BATCH, 1000, fp4=fp4).arguments())
         found |= {
-            f"{kind} paged, out given": lambda f=function, a=arguments, o=out: f(*a, out=o),
-            f"{kind} paged": lambda f=function, a=arguments: f(*a),
-            f"{kind} ragged, out given": lambda f=prefill, a=ragged.arguments(), o=out: f(*a, out=o),
+            "metadata": plan,
+            f"{kind} paged, out given": partial(decode, out=out),
+            f"{kind} paged, cleaned, out given": partial(decode, clean_logits=True, out=out),
+            f"{kind} paged": decode,
+            f"{kind} ragged, out given": partial(prefill, out=out),
         }
-    found["FP8 paged, cleaned, out given"] = lambda: deep_gemm.fp8_paged_mqa_logits(*arguments8, True, out=out)
-    arguments8 = Paged([[1000]] * BATCH).arguments(schedule)
-    return {"metadata": lambda: deep_gemm.get_paged_mqa_logits_metadata(lens, 64, 188), **found}
+    return found
 
 
 def median_time(call: Callable[[], object], calls: int) -> float:

@@ -109,9 +109,12 @@ class Standin:
         return self.library.standin_calls().decode().split()
 
     def without_emulator(self) -> None:
-        """Launches end here, and do nothing: for timing what comes before."""
+        """Launches end here, and do nothing: for timing what comes before. As for a card's tensors, the architecture is
+        the card's, not the environment's."""
+        from deep_gemm.sm120 import attention
         from deep_gemm.sm120.jit import runtime
 
+        attention.architecture_of = lambda device: device.type and runtime._architecture_of_gpu(device.index or 0)
         self.library.standin_on_launch(None)
         runtime._emulate = lambda kernel, grid, parameters, *_: runtime._launch_on_gpu(
             kernel, 0, self.stream, grid, parameters

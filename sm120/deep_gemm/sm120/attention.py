@@ -26,12 +26,18 @@ from .checks import refuse
 from .jit import architecture_of
 from .kernels import clean, logits, metadata
 from .kernels.windows import windows_of_bounds, windows_of_lengths
-from .settings import get_num_sms
+from .settings import sms_to_use
 
 _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _E4M3, _PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
+_QUERY = {  # (dimensions, fp4) -> shape
+    (4, False): ("batch", "next_n", "heads", "dim"),
+    (4, True): ("batch", "next_n", "heads", "dim / 2"),
+    (3, False): ("seq_len", "heads", "dim"),
+    (3, True): ("seq_len", "heads", "dim / 2"),
+}
 DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
-_INT32 = (torch.int32,)
+_INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
 _LARGEST_PAGE = 2**16
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
@@ -251,27 +257,25 @@ class Query(NamedTuple):
 def _query(q: Any, dimensions: int) -> tuple[bool, Query]:
     values, scales = q if isinstance(q, (tuple, list)) and len(q) == 2 else (q, None)
     fp4 = scales is not None
-    sizes = ("batch", "next_n") if dimensions == 4 else ("seq_len",)
     if not isinstance(values, torch.Tensor):
         refuse("q", q, "a tensor, (tensor, None) or (tensor, scales)")
-    if values.device.type not in ("cpu", "cuda"):
+    if not (values.is_cpu or values.is_cuda):
         refuse("q", values, "a tensor on the CPU or a CUDA device")
-    shape = (*sizes, "heads", "dim / 2" if fp4 else "dim")
-    checks.tensor("q", values, _PACKED_E2M1 if fp4 else _E4M3, shape, values.device)
+    shape = checks.tensor("q", values, _PACKED_E2M1 if fp4 else _E4M3, _QUERY[dimensions, fp4], values.device).shape
     checks.contiguous("q", values)
-    heads, dim = values.shape[-2], values.shape[-1] * (2 if fp4 else 1)
+    heads, dim = shape[-2], shape[-1] * 2 if fp4 else shape[-1]
     if heads % 8 or not 8 <= heads <= 64:
         refuse("q", values, "8, 16, ... 64 heads")
     if dim not in DIMS[fp4]:
         refuse("q", values, f"a head dim among {DIMS[fp4]} in {'FP4' if fp4 else 'FP8'}")
     if fp4:
-        checks.contiguous("q scales", checks.tensor("q scales", scales, _INT32, values.shape[:-1], values.device))
+        checks.contiguous("q scales", checks.tensor("q scales", scales, _INT32, shape[:-1], values.device))
     return fp4, Query(values, scales, heads, dim)
 
 
 def _weights(weights: Any, rows: int, query: Query) -> torch.Tensor:
-    checks.tensor("weights", weights, (torch.float32, torch.bfloat16), (rows, query.heads), query.values.device)
-    if weights.stride(1) != 1:
+    checks.tensor("weights", weights, _REAL, (rows, query.heads), query.values.device)
+    if weights.stride()[1] != 1:
         refuse("weights", weights, "stride 1 in the last dimension")
     return weights
 
@@ -291,11 +295,12 @@ def _indices(indices: Any, context_lens: torch.Tensor) -> None:
 
 
 def _output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) -> torch.Tensor:
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in _REAL:
         refuse("logits_dtype", dtype, "torch.float32 or torch.bfloat16")
     if out is not None:
         checks.tensor("out", out, (dtype,), (rows, columns), device)
-        if columns > 1 and out.stride(1) != 1 or rows > 1 and out.stride(0) < columns:
+        row_stride, column_stride = out.stride()
+        if columns > 1 and column_stride != 1 or rows > 1 and row_stride < columns:
             refuse("out", out, "stride 1 in the last dimension and rows that do not overlap")
         return out
     per_row = _ROW_BYTES // dtype.itemsize
@@ -311,24 +316,28 @@ def _paged(
 ) -> torch.Tensor:  # fmt: skip
     values, scales, heads, dim = query
     device = values.device
-    batch, next_n = values.shape[:2]
-    row_bytes = values.shape[-1]
+    batch, next_n, _, row_bytes = values.shape
 
     checks.tensor("kv_cache", kv_cache, (torch.uint8,), ("pages", "block_kv", 1, row_bytes + 4), device)
-    page = kv_cache.shape[1]
+    pages, page, _, _ = kv_cache.shape
     if page % 16 or not 16 <= page <= _LARGEST_PAGE:
         refuse("kv_cache", kv_cache, f"pages of a multiple of 16 keys, up to {_LARGEST_PAGE}")
     page_bytes = page * (row_bytes + 4)
-    page_stride = kv_cache.stride(0) if kv_cache.shape[0] > 1 else page_bytes
-    if kv_cache.stride()[1::2] != (row_bytes + 4, 1) or not page_bytes <= page_stride < 2**32 or page_stride % 4:
+    page_stride, row_stride, _, byte_stride = kv_cache.stride()
+    if pages <= 1:
+        page_stride = page_bytes
+    whole = row_stride == row_bytes + 4 and byte_stride == 1
+    if not whole or not page_bytes <= page_stride < 2**32 or page_stride % 4:
         refuse("kv_cache", kv_cache, f"whole pages, a multiple of 4 bytes and at least {page_bytes} apart")
     _weights(weights, batch * next_n, query)
     _lengths(context_lens, device, batch, next_n)
     checks.tensor("block_table", block_table, _INT32, (batch, "columns"), device)
-    if block_table.stride(1) != 1 and block_table.shape[1] > 1 or batch * block_table.stride(0) >= 2**31:
+    table_stride, entry_stride = block_table.stride()
+    if entry_stride != 1 and block_table.shape[1] > 1 or batch * table_stride >= 2**31:
         refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
     checks.tensor("schedule_meta", schedule_meta, _INT32, ("num_sms + 1", 2), device)
-    if schedule_meta.shape[0] < 2 or not schedule_meta.is_contiguous():
+    slots = schedule_meta.shape[0] - 1
+    if slots < 1 or not schedule_meta.is_contiguous():
         refuse("schedule_meta", schedule_meta, "a contiguous tensor [num_sms + 1, 2]")
     checks.integer("max_context_len", max_context_len)
     checks.boolean("clean_logits", clean_logits)
@@ -339,7 +348,6 @@ def _paged(
     if out.numel() == 0:
         return out
 
-    slots = schedule_meta.shape[0] - 1
     config = logits.configure(
         architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
         logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), next_n > logits.LEAST_WARPS,
@@ -389,7 +397,7 @@ def _ragged(
     windows = windows_of_bounds(starts, ends, num_keys)
     bounds = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
     logits.ragged(
-        config, get_num_sms(), max_seqlen_k,
+        config, sms_to_use(device), max_seqlen_k,
         query=values, query_scales=scales, weights=weights, keys=keys, key_scales=key_scales,
         bounds=bounds, windows=windows, out=out,
     )  # fmt: skip

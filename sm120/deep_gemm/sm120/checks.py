@@ -16,16 +16,15 @@ def refuse(argument: str, got: Any, expected: str) -> NoReturn:
 
 def tensor(argument: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple, device: Any) -> torch.Tensor:
     """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`: sizes, or names for those left open."""
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.dtype not in dtypes
-        or value.dim() != len(shape)
-        or value.device != device
-        or not all(isinstance(want, str) or have == want for have, want in zip(value.shape, shape))
-    ):
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        refuse(argument, value, f"a {names} tensor [{', '.join(map(str, shape))}] on {device}")
-    return value
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.device == device:
+        if len(sizes := value.shape) == len(shape):
+            for have, want in zip(sizes, shape):  # a loop is twice as fast as all()
+                if have != want and not isinstance(want, str):
+                    break
+            else:
+                return value
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    refuse(argument, value, f"a {names} tensor [{', '.join(map(str, shape))}] on {device}")
 
 
 def contiguous(argument: str, value: torch.Tensor) -> torch.Tensor:

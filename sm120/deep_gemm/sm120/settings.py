@@ -1,5 +1,7 @@
 """How many SMs schedules are made for, and whether launches overlap."""
 
+import functools
+
 import torch
 
 from .checks import boolean, integer
@@ -13,10 +15,8 @@ _pdl = False
 
 def get_num_sms() -> int:
     """SMs that a schedule should be made for: what `set_num_sms` was given, else all that the current device has."""
-    if _num_sms is not None:
-        return _num_sms
     gpu = torch.cuda.is_available()
-    return sms_of(torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
+    return sms_to_use(torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
 
 
 def set_num_sms(num_sms: int) -> None:
@@ -41,6 +41,12 @@ def set_pdl(enable: bool) -> None:
     _pdl = boolean("enable", enable)
 
 
+def sms_to_use(device: torch.device) -> int:
+    """What `get_num_sms` returns where `device` is the current one."""
+    return sms_of(device) if _num_sms is None else _num_sms
+
+
+@functools.cache
 def sms_of(device: torch.device) -> int:
     """SMs of `device`."""
     if device.type == "cpu":

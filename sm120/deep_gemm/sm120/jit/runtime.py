@@ -38,9 +38,9 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 def architecture_of(device: torch.device) -> str:
     """What to compile for. The family's cubins, `sm_120f`, run on SM120 and SM121; the CPU emulates `DG_SM120_ARCH`."""
-    if device.type == "cpu":
-        return os.environ.get("DG_SM120_ARCH", _EMULATED_ARCHITECTURE)
-    return _architecture_of_gpu(device.index)
+    if device.type == "cuda":
+        return _architecture_of_gpu(device.index)
+    return os.environ.get("DG_SM120_ARCH", _EMULATED_ARCHITECTURE)
 
 
 def launch(
@@ -119,23 +119,26 @@ class DriverError(RuntimeError):
 
 def _launch_on_gpu(kernel: Kernel, index: int, stream: int, grid: tuple[int, int], parameters: Any) -> None:
     function = _loaded.get((kernel, index)) or _function(kernel, index, stream)
-    driver = _driver()
-    pointers = ctypes.c_void_p(ctypes.addressof(parameters))  # an array of one pointer, to the one argument
-    if settings.get_pdl() and _capability(index) >= (9, 0):
-        start, arguments = driver.cuLaunchKernelEx, (_overlapping(grid, kernel.threads, stream), function)
-    else:
-        start, arguments = driver.cuLaunchKernel, (function, *grid, 1, kernel.threads, 1, 1, 0, stream)
-    arguments = (*arguments, ctypes.addressof(pointers), 0)
     if _current_device() == index:
-        (error,) = start(*arguments)
+        error = _start(kernel, function, index, stream, grid, parameters)
     else:
         with _context(index):
-            (error,) = start(*arguments)
-    if error == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the GPU yet
-        driver.cuCtxSetCurrent(_primary_context(index))
-        (error,) = start(*arguments)
-    if error != driver.CUresult.CUDA_SUCCESS:
+            error = _start(kernel, function, index, stream, grid, parameters)
+    if error and error == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the GPU yet
+        _driver().cuCtxSetCurrent(_primary_context(index))
+        error = _start(kernel, function, index, stream, grid, parameters)
+    if error:
         raise DriverError(f"{kernel.name} cannot be launched on cuda:{index}", error)
+
+
+def _start(kernel: Kernel, function: Any, index: int, stream: int, grid: tuple[int, int], parameters: Any) -> Any:
+    """The launch itself; returns the driver's CUresult."""
+    driver = _driver()
+    pointer = ctypes.c_void_p(ctypes.addressof(parameters))  # an array of one pointer, to the one argument
+    pointers = ctypes.addressof(pointer)
+    if settings.get_pdl() and _capability(index) >= (9, 0):
+        return driver.cuLaunchKernelEx(_overlapping(grid, kernel.threads, stream), function, pointers, 0)[0]
+    return driver.cuLaunchKernel(function, *grid, 1, kernel.threads, 1, 1, 0, stream, pointers, 0)[0]
 
 
 def _overlapping(grid: tuple[int, int], threads: int, stream: int) -> Any:

@@ -4,7 +4,7 @@ import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -58,7 +58,7 @@ class Config:
     alignment: int = 32
     turns: bool = False
 
-    @property
+    @cached_property
     def block_scaled(self) -> bool:
         """Whether the block-scaled MMA does the work. FP4 has no other; on GeForce it runs FP8 twice as fast as the
         plain form does, on PRO cards as fast (`DG_SM120_FP8_MMA` = plain or block_scaled decides otherwise)."""
@@ -66,19 +66,19 @@ class Config:
             return False
         return self.fp4 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
 
-    @property
+    @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
             return 12 if self.heads * self.dim > 4096 and not self.fp4 else 16
         return LEAST_WARPS  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
-    @property
+    @cached_property
     def kernel(self) -> Kernel:
         return _kernel(self, self.block_scaled)
 
 
-configure = cache(Config)  # of the same arguments the same object, which knows its kernel
+configure = cache(Config)  # of the same arguments the same object, which knows its kernel and has read the switch
 
 _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
 
@@ -109,8 +109,8 @@ def alignment(*bytes: int) -> int:
 def rows_per_group(config: Config, rows: int, next_n: int, slots: int) -> int:
     """How many neighbouring rows a block of the paged kernel takes at once.
 
-    Rows by the hundred are a prefill: neighbours see the same keys, which should leave L2 once. Fewer rows than slots are
-    a decode step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8 at
+    Rows by the hundred are a prefill: neighbours see the same keys, which should leave L2 once. Fewer rows than slots
+    are a decode step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8 at
     once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)
     """
     return max(1, config.warps // next_n) if rows >= slots else 1
@@ -147,10 +147,10 @@ def paged(
         block_table=block_table.data_ptr(),
         schedule=schedule_meta.data_ptr(),
         logits=out.data_ptr(),
-        weights_stride=weights.stride(0),
-        logits_stride=out.stride(0),
+        weights_stride=weights.stride()[0],
+        logits_stride=out.stride()[0],
         page_stride=page_stride,
-        table_stride=block_table.stride(0),
+        table_stride=block_table.stride()[0],
         table_columns=block_table.shape[1],
         rows_per_group=rows_per_group(config, windows.rows, windows.next_n, slots),
         windows=windows,
@@ -189,8 +189,8 @@ def ragged(
         keys=keys.data_ptr(),
         key_scales=key_scales.data_ptr(),
         logits=out.data_ptr(),
-        weights_stride=weights.stride(0),
-        logits_stride=out.stride(0),
+        weights_stride=weights.stride()[0],
+        logits_stride=out.stride()[0],
         rows_per_group=config.warps,
         columns=columns,
         windows=windows,
