@@ -57,7 +57,8 @@ struct Indexer {
         typename Format::template QueryScales<kHeadTiles> scales;
         float weights[kHeadTiles][2];
 
-        __device__ void load(const Params& p, int token, const Lane& lane) {
+        __device__ void load(const Params& p, int token) {
+            const Lane lane;
             const int64 first_head = int64(token) * kHeads;
             const uint32 zero = p.windows.rows >> 31;   // unknown to the compiler: it would keep the vectors as they were loaded
                                                 // and copy four words before every mma (4 of 9 instructions, 24 Nov 2026)
@@ -96,7 +97,10 @@ struct Indexer {
 
     static constexpr bool kOnePage = kPaged && kPage % kTile == 0;   // else the two halves of a tile may lie in two pages
 
-    struct Guess { int row, tile; uint32 page; };          // a tile whose page is known early
+    // What is fetched while a tile is scored: a tile that has all its keys, the last one, which may not, or none.
+    enum class Next { kWhole, kCut, kNone };
+
+    struct Guess { int tile; uint32 page; };               // a tile whose page is known early; -1: none
 
     struct Keys {
         uint32 words[4][Format::kLoaded];     // keys g, g + 8, g + 16, g + 24
@@ -105,7 +109,7 @@ struct Indexer {
 
         // Which of a tile's keys a lane has the sum of in the end, and stores.
         __device__ static uint32 stored(const Lane& lane) {
-            return 16 * (lane.g >> 1 & 1) + 8 * (lane.g & 1) + 2 * lane.t + (lane.g >> 2);
+            return 16 * (lane.g >> 2) + 8 * (lane.g & 1) + 2 * lane.t + (lane.g >> 1 & 1);
         }
 
         __device__ void locate(const Params& p, uint32 table, uint32 tile, uint32 last_key) {
@@ -117,34 +121,39 @@ struct Indexer {
             }
         }
 
-        // Address of one key's bytes, `row_bytes` each. Keys past the last one are not there: it is read in their place.
-        template <int kRowBytes>
-        __device__ static const uint8* address(const uint8* run, int64 page_offset, uint32 tile, uint32 key,
-                                               uint32 last_key) {
-            if constexpr (kOnePage || !kPaged) {
-                const uint32 first = kPaged ? tile % (kPage / kTile) * kTile : 0;
-                if constexpr (!kPaged) page_offset = int64(tile) * (kTile * kRowBytes);
-                return run + page_offset + (first + min(key, last_key - tile * kTile)) * kRowBytes;
+        // Address of a tile's key number `key + more`, at `offset` in its row, in an array of kRowBytes a key: of a page, or
+        // of all keys. Keys past the last one are not there: it is read in their place. `more` is a constant, and becomes
+        // one of the load where the tile is whole.
+        template <int kRowBytes, Next kNext>
+        __device__ static const uint8* at(const Params& p, const uint8* array, uint32 page, uint32 tile, uint32 last_key,
+                                          uint32 key, uint32 more, uint32 offset) {
+            if constexpr (!kPaged) array += int64(tile) * (kTile * kRowBytes);
+            else array += int64(page) * p.page_stride;
+            if constexpr (kOnePage) offset += tile % (kPage / kTile) * (kTile * kRowBytes);
+            if constexpr (kPaged && !kOnePage) {
+                return array + (min(tile * kTile + key + more, last_key) % kPage * kRowBytes + offset);
+            } else if constexpr (kNext == Next::kWhole) {
+                return array + (key * kRowBytes + offset) + more * kRowBytes;
             } else {
-                return run + page_offset + min(tile * kTile + key, last_key) % kPage * kRowBytes;
+                return array + (min(key + more, last_key - tile * kTile) * kRowBytes + offset);
             }
         }
 
-        template <int Half>
+        template <int Half, Next kNext>
         __device__ void fetch(const Params& p, uint32 tile, uint32 last_key, const Lane& lane) {
-            const int64 page_offset = int64(pages[Half]) * p.page_stride;
             #pragma unroll
             for (int j = 2 * Half; j < 2 * Half + 2; ++j) {
-                Format::load(words[j], address<Format::kRowBytes>(p.keys + Format::lane_offset(lane), page_offset, tile,
-                                                                  8 * j + lane.g, last_key));
+                Format::load(words[j], at<Format::kRowBytes, kNext>(p, p.keys, pages[Half], tile, last_key,
+                                                                    lane.g, 8 * j, Format::lane_offset(lane)));
             }
         }
 
+        template <Next kNext>
         __device__ void fetch_scale(const Params& p, uint32 tile, uint32 last_key, const Lane& lane) {
             const uint32 key = Format::scale_key(lane, stored(lane));
-            const int64 page_offset = int64(key < kTile / 2 ? pages[0] : pages[1]) * p.page_stride;
-            const uint8* run = kPaged ? p.keys + kPage * Format::kRowBytes : reinterpret_cast<const uint8*>(p.key_scales);
-            next_scale = ptx::load_word(address<4>(run, page_offset, tile, key, last_key));
+            const uint8* array = kPaged ? p.keys + kPage * Format::kRowBytes : reinterpret_cast<const uint8*>(p.key_scales);
+            const uint32 page = key < kTile / 2 ? pages[0] : pages[1];
+            next_scale = ptx::load_word(at<4, kNext>(p, array, page, tile, last_key, key, 0, 0));
         }
     };
 
@@ -178,57 +187,69 @@ struct Indexer {
         }
     }
 
+    // The sum over this lane's heads and those of the lanes it has exchanged with, for one key of 16.
     template <int Half>
-    __device__ static void score_half(float (&sums)[2], const Query& query, const Keys& keys, const Lane& lane) {
+    __device__ static float score_half(const Query& query, const Keys& keys, const Lane& lane) {
         float lower[2] = {}, upper[2] = {};
         score_keys<2 * Half>(lower, query, keys, lane);
         score_keys<2 * Half + 1>(upper, query, keys, lane);
-        #pragma unroll
-        for (int c = 0; c < 2; ++c) sums[c] = exchange<0>(lower[c], upper[c], lane);
+        return exchange<1>(exchange<0>(lower[0], upper[0], lane), exchange<0>(lower[1], upper[1], lane), lane);
     }
 
     // ---- the loop: one token, tiles tile, tile + step, ... below to ------------------------------------------------------
 
-    __device__ static void stream(const Params& p, int token, Window window, int tile, int step, int to, Guess guess,
-                                  const Lane& lane) {
-        if (tile >= to) return;
-        const int row = token / p.windows.next_n;
-        const uint32 table = row * p.table_stride;         // this row's entries
-        const uint32 last_key = (kPaged ? window.end : p.windows.limit) - 1;
-        const int first_column = kPaged || p.columns ? 0 : window.begin;
-        Logit* first_logit = reinterpret_cast<Logit*>(p.logits) + token * p.logits_stride + first_column;
-        const int stored = int(Keys::stored(lane)) - (kPaged ? 0 : window.begin);
-        const uint32 width = kPaged ? last_key + 1 : window.end - window.begin;
-
-        Keys keys;
-        keys.pages[0] = keys.pages[1] = guess.page;
-        if (guess.row != row || guess.tile != tile) keys.locate(p, table, tile, last_key);
+    struct Stream {
+        const Params& p;
+        const Lane& lane;
+        const int step;
+        const uint32 last_key;                // that may be read
+        const uint32 table;                   // entry of the block table at which this row begins
+        const uint32 last_stored;             // key of the window, counted from its first
+        const int stored;                     // this lane's key of tile 0, counted from the window's first
+        Logit* first_logit;                   // of the window
         Query query;
-        query.load(p, token, lane);
-        keys.template fetch<0>(p, tile, last_key, lane);
-        keys.template fetch<1>(p, tile, last_key, lane);
-        keys.fetch_scale(p, tile, last_key, lane);
+        Keys keys;
 
-        // One tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied.
-        const auto turn = [&](int next, bool more) {
+        __device__ Stream(const Params& p, int token, Window window, int step, const Lane& lane)
+            : p(p), lane(lane), step(step), last_key((kPaged ? window.end : p.windows.limit) - 1),
+              table(kPaged ? token / p.windows.next_n * p.table_stride : 0),
+              last_stored(kPaged ? last_key : window.end - window.begin - 1),
+              stored(int(Keys::stored(lane)) - (kPaged ? 0 : window.begin)),
+              first_logit(reinterpret_cast<Logit*>(p.logits) + token * p.logits_stride
+                          + (kPaged || p.columns ? 0 : window.begin)) {}
+
+        // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied.
+        template <Next kNext>
+        __device__ void turn(int tile) {
+            const int next = tile + step;
             keys.scale = keys.next_scale;
-            float lower[2], upper[2], sums[2];
-            score_half<0>(lower, query, keys, lane);
-            if (more) keys.template fetch<0>(p, next, last_key, lane);
-            if (more) keys.fetch_scale(p, next, last_key, lane);
-            score_half<1>(upper, query, keys, lane);
-            if (more) keys.template fetch<1>(p, next, last_key, lane);
-            if (more && next + step < to) keys.locate(p, table, next + step, last_key);
-            #pragma unroll
-            for (int c = 0; c < 2; ++c) sums[c] = exchange<1>(lower[c], upper[c], lane);
-            const float logit = Format::finish(exchange<2>(sums[0], sums[1], lane), keys.scale);
+            const float lower = score_half<0>(query, keys, lane);
+            if constexpr (kNext != Next::kNone) keys.template fetch<0, kNext>(p, next, last_key, lane);
+            if constexpr (kNext != Next::kNone) keys.template fetch_scale<kNext>(p, next, last_key, lane);
+            const float upper = score_half<1>(query, keys, lane);
+            if constexpr (kNext != Next::kNone) keys.template fetch<1, kNext>(p, next, last_key, lane);
+            if constexpr (kNext == Next::kWhole) keys.locate(p, table, next + step, last_key);
+            const float logit = Format::finish(exchange<2>(lower, upper, lane), keys.scale);
             const uint32 n = tile * kTile + stored;        // keys before the window wrap around
-            if (n < width) first_logit[n] = Logit(logit);
-        };
-        if (tile + step < to) keys.locate(p, table, tile + step, last_key);
-        for (int next; (next = tile + step) < to; tile = next) turn(next, true);
-        turn(tile, false);
-    }
+            if (n <= last_stored) first_logit[n] = Logit(logit);
+        }
+
+        __device__ void run(int token, int tile, int to, Guess guess) {
+            keys.pages[0] = keys.pages[1] = guess.page;
+            if (guess.tile != tile) keys.locate(p, table, tile, last_key);
+            query.load(p, token);
+            keys.template fetch<0, Next::kCut>(p, tile, last_key, lane);
+            keys.template fetch<1, Next::kCut>(p, tile, last_key, lane);
+            keys.template fetch_scale<Next::kCut>(p, tile, last_key, lane);
+            if (tile + step < to) {
+                keys.locate(p, table, tile + step, last_key);
+                for (; tile + 2 * step < to; tile += step) turn<Next::kWhole>(tile);
+                turn<Next::kCut>(tile);
+                tile += step;
+            }
+            turn<Next::kNone>(tile);
+        }
+    };
 
     // ---- who takes what ------------------------------------------------------------------------------------------------
 
@@ -238,9 +259,8 @@ struct Indexer {
         return window;
     }
 
-    // Scores up to kWarps tokens from tile `from` to where the set of tokens that have keys changes, but not past `to`;
-    // returns where it changes, kNever if no token has keys there. After a change the warps are dealt out anew, so none
-    // waits on a long row among short ones.
+    // Scores up to kWarps tokens from tile `from` to where the set of tokens that have keys changes; returns where that is,
+    // kNever if not before `to`. After a change the warps are dealt out anew, so none waits on a long row among short ones.
     __device__ static int score_span(const Params& p, int first_token, int count, int from, int to, Guess guess,
                                      const Lane& lane) {
         const Window mine = lane.id < count ? window_of(p, first_token + lane.id) : Window{0, 0};
@@ -248,15 +268,17 @@ struct Indexer {
         const int first = empty ? 0 : mine.begin / kTile, last = empty ? 0 : (mine.end - 1) / kTile + 1;
         const bool active = first <= from && from < last;
         const int change = __reduce_min_sync(kAllLanes, active ? last : first > from ? first : kNever);
+        const int until = min(change, to), rest = change < to ? change : kNever;
         const uint32 actives = __ballot_sync(kAllLanes, active);
         if (actives && from < to) {
             const int warp = threadIdx.x / 32, tokens = __popc(actives), share = warp / tokens, shares = kWarps / tokens;
             const int rank = __popc(actives & ((1u << lane.id) - 1));
             const int chosen = __ffs(__ballot_sync(kAllLanes, active && rank == warp % tokens)) - 1;
             const Window window{__shfl_sync(kAllLanes, mine.begin, chosen), __shfl_sync(kAllLanes, mine.end, chosen)};
-            if (share < shares) stream(p, first_token + chosen, window, from + share, shares, min(change, to), guess, lane);
+            const int token = first_token + chosen, tile = from + share;
+            if (share < shares && tile < until) Stream(p, token, window, shares, lane).run(token, tile, until, guess);
         }
-        return change;
+        return rest;
     }
 
     // The same for any number of tokens: more than warps take turns on a piece of the keys that L1 holds.
@@ -264,16 +286,14 @@ struct Indexer {
                                       const Lane& lane) {
         if constexpr (!kTurns) return score_span(p, first_token, count, from, to, guess, lane);
         constexpr int kPieceTiles = 16;
+        to = min(to, (p.windows.longest(first_token / p.windows.next_n) - 1) / kTile + 1);
         const int piece = min(to, from + kPieceTiles);
-        bool more = false;
         for (int i = 0; i < count; i += kWarps) {
-            int tile = from;
-            while (tile < piece) {
+            for (int tile = from; tile < piece;) {
                 tile = score_span(p, first_token + i, min(kWarps, count - i), tile, piece, guess, lane);
             }
-            more |= tile != kNever;
         }
-        return more ? piece : kNever;
+        return piece < to ? piece : kNever;
     }
 
     // ---- paged: a slot of the schedule ---------------------------------------------------------------------------------
@@ -323,12 +343,10 @@ struct Indexer {
     // The page that this warp will need first if the row has keys and all its tokens do: asked for together with the
     // lengths that would tell, so that only three loads wait for each other before the first mma (schedule, page, key).
     __device__ static Guess guess_page(const Params& p, int row, int tile, int limit) {
-        Guess guess{row, tile + int(threadIdx.x / 32) / min(p.windows.next_n, kWarps), 0};
-        if (kOnePage && row < limit && guess.tile / (kPage / kTile) < p.table_columns) {
-            guess.page = ptx::load_word(p.block_table + row * p.table_stride + guess.tile / (kPage / kTile));
-        } else {
-            guess.row = -1;
-        }
+        Guess guess{tile + int(threadIdx.x / 32) / min(p.windows.next_n, kWarps), 0};
+        const int column = kOnePage ? guess.tile * kTile / kPage : kNever;
+        if (p.rows_per_group > 1 || row >= limit || column >= p.table_columns) guess.tile = -1;
+        else guess.page = ptx::load_word(p.block_table + row * p.table_stride + column);
         return guess;
     }
 
@@ -345,15 +363,17 @@ struct Indexer {
             const int2 begin = entry_of(p, blockIdx.x), end = entry_of(p, blockIdx.x + 1);
             const int limit = begin.x == end.x && begin.y >= end.y ? 0 : min(p.windows.rows, end.x + (end.y > 0));
             row = max(row, begin.x);
-            const Guess guess = guess_page(p, row, tile + (row == begin.x ? begin.y * kTilesPerSplit : 0), limit);
+            Guess guess = guess_page(p, row, max(tile, row == begin.x ? begin.y * kTilesPerSplit : 0), limit);
+            const int first = row;
             row = next_row(p, row, limit, lane);
             if (row >= limit) return;
+            if (row != first) guess.tile = -1;
             const int first_row = row - row % p.rows_per_group;
             const int rows = min(p.rows_per_group, p.windows.rows - first_row);
             const int from = max(tile, boundary(p, begin, first_row, rows, lane)), to = boundary(p, end, first_row, rows, lane);
             const int first_token = first_row * p.windows.next_n, count = rows * p.windows.next_n;
             tile = score_group(p, first_token, count, from, to, guess, lane);
-            if (tile >= to) {
+            if (tile == kNever) {
                 tile = 0;
                 row += p.rows_per_group - row % p.rows_per_group;
             }
@@ -372,7 +392,7 @@ struct Indexer {
         const int share = (last - first - 1) / int(gridDim.y) + 1;
         const int from = first + int(blockIdx.y) * share, to = min(last, from + share);
         if (first >= last) return;
-        for (int tile = from; tile < to;) tile = score_span(p, first_token, count, tile, to, {}, lane);
+        for (int tile = from; tile < to;) tile = score_span(p, first_token, count, tile, to, {-1, 0}, lane);
     }
 
     __device__ static void run(const Params& p) {
