@@ -27,7 +27,7 @@ INDEXER = [
     "fp8_mqa_logits",
     "fp8_fp4_mqa_logits",
 ]
-OURS = [name for name in (*INDEXER, "set_num_sms", "get_num_sms") if hasattr(sm120, name)]
+OURS = [name for name in (*INDEXER, "set_num_sms", "get_num_sms", "set_pdl", "get_pdl") if hasattr(sm120, name)]
 # Where `main` and the pinned wheel differ, the pinned wheel's default is ours.
 PINNED_DEFAULTS = {"clean_logits": False}
 

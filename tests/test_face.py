@@ -20,6 +20,7 @@ INDEXER = [name for name in deep_gemm._OURS if name.endswith(("_logits", "_metad
 VLLM_PACKAGE = """
 calls = {}
 def set_num_sms(value): calls["set_num_sms"] = value
+def set_pdl(value): calls["set_pdl"] = value
 def fp8_gemm_nt(*args): return "theirs"
 def fp8_paged_mqa_logits(*args, **kwargs): return args, kwargs
 """
@@ -110,13 +111,15 @@ def test_settings_stay_in_step(vllm: Path, loaded_before: bool) -> None:
         from types import SimpleNamespace
         import torch, deep_gemm
         torch.cuda.is_available = lambda: True  # a card of 188 SMs
+        torch.cuda.current_device = lambda: 0
         torch.cuda.get_device_properties = lambda *device: SimpleNamespace(multi_processor_count=188)
         load = lambda: deep_gemm.fp8_gemm_nt
         {loaded_before} and load()
         deep_gemm.set_num_sms(42)
+        deep_gemm.set_pdl(True)
         {loaded_before} or load()
-        print(deep_gemm.get_num_sms(), deep_gemm.calls)"""
-    assert run(code, vllm) == "42 {'set_num_sms': 42}"
+        print(deep_gemm.get_num_sms(), deep_gemm.get_pdl(), deep_gemm.calls)"""
+    assert run(code, vllm) == "42 True {'set_num_sms': 42, 'set_pdl': True}"
 
 
 def test_public_functions_can_be_imported_as_modules() -> None:
