@@ -41,6 +41,19 @@ def test_launches_inside_in_their_order(store) -> None:
     assert sum(launches, Counters()).bytes_written == {"word": 20}
 
 
+def test_a_trace_is_asked_for_by_the_recording() -> None:
+    lengths = torch.arange(1, 101, dtype=torch.int32)
+    with recording(trace=True), recording() as traced:
+        deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, 12)
+    with recording() as plain:
+        deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, 12)
+    # 400 bytes lie in 13 sectors, or 14 if they start within one.
+    sectors = (lengths.data_ptr() % 32 + 400 + 31) // 32
+    assert traced[0].block_bytes["context_lens"] == 32 * sectors
+    assert traced[0].warp_bytes["context_lens"] >= 32 * sectors and traced[0].requests["context_lens"] > 0
+    assert not plain[0].block_bytes and plain[0].instructions == traced[0].instructions
+
+
 def test_nested_recordings_both_hear(store) -> None:
     with recording() as outer:
         store(1)

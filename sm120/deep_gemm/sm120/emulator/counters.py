@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 CLASSES = ("mma", "fp32", "int", "load", "store", "shuffle", "barrier", "branch", "other")
 _BY_NAME = {
@@ -77,21 +78,34 @@ class Counters:
         return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
-_recordings: ContextVar[tuple[list[Counters], ...]] = ContextVar("recordings", default=())
+class _Recording(NamedTuple):
+    launches: list[Counters]
+    trace: bool
+
+
+_recordings: ContextVar[tuple[_Recording, ...]] = ContextVar("recordings", default=())
 
 
 @contextmanager
-def recording() -> Iterator[list[Counters]]:
-    """Collects the Counters of every launch that this thread finishes inside, in order; recordings may nest."""
+def recording(trace: bool = False) -> Iterator[list[Counters]]:
+    """Collects the Counters of every launch that this thread finishes inside, in order; recordings may nest.
+
+    ``trace``  launches inside run as with ``Module.launch(..., trace=True)``
+    """
     launches: list[Counters] = []
-    token = _recordings.set((*_recordings.get(), launches))
+    token = _recordings.set((*_recordings.get(), _Recording(launches, trace)))
     try:
         yield launches
     finally:
         _recordings.reset(token)
 
 
+def tracing() -> bool:
+    """Has a recording that is open asked for a trace?"""
+    return any(recording.trace for recording in _recordings.get())
+
+
 def record(counters: Counters) -> None:
     """Adds a launch to the recordings that are open."""
-    for launches in _recordings.get():
-        launches.append(counters)
+    for recording in _recordings.get():
+        recording.launches.append(counters)

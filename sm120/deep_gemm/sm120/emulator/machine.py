@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import isa  # noqa: F401  (fills the instruction table)
-from .counters import Counters, record
+from .counters import Counters, record, tracing
 from .errors import EmulatorError, Fault
 from .formats import UNSIGNED
 from .lanes import WARP, Lanes
@@ -95,7 +95,7 @@ class Module:
         steps = self.steps(kernel)
         shape = _Shape.of(code, grid, block)
         param = _place("parameters", _pack(code, params), 128, writable=False)
-        launch = _Launch(self, code, steps, shape, shared_bytes, trace, sanitize)
+        launch = _Launch(self, code, steps, shape, shared_bytes, trace or tracing(), sanitize)
         launch.memory = GlobalMemory([*buffers, *self._storage], hidden=[param])
         launch.symbols.update({name: param.address + p.offset for name, p in code.params.items()})
         per_wave = max(1, LANES_PER_WAVE // shape.lanes)
