@@ -921,16 +921,16 @@ def draw(result: dict, path: Path) -> None:
             if mine and peer == "ours":
                 floors = [entry["cold"]["floor_us"] for entry in mine]
                 share.scatter(floors, [100 * entry["cold"]["of_roof"] for entry in mine], label=label, **style)
-    intensity = [10 ** (exponent / 20) for exponent in range(20, 90)]
-    for number, (name, peak) in enumerate(ceilings["mma_tflops"].items()):
-        roof = [min(peak, ceilings["copy_tbps"] * x) for x in intensity]
-        dashes = ("-", "--", ":")[number]
-        roofline.plot(intensity, roof, dashes, color="black", label=f"copy, MMA {name}: {peak:.0f} TFLOPS")
+    peaks, copy = ceilings["mma_tflops"], ceilings["copy_tbps"]
+    tallest = max([*peaks.values(), *(entry["cold"]["tflops"] for entry in timed)])
+    roofline.plot([10, tallest / copy], [10 * copy, tallest], color="grey", label=f"copy: {copy:.2f} TB/s")
+    for (name, peak), dashes in zip(peaks.items(), ("-", "--", ":")):
+        roofline.plot([peak / copy, 2e4], [peak, peak], dashes, color="black", label=f"MMA {name}: {peak:.0f} TFLOPS")
     roofline.set(xscale="log", yscale="log", xlabel="FLOP a byte, every byte once", ylabel="TFLOPS", title="Roofline")
     share.set(
         xscale="log", xlabel="the roof's time, us", ylabel="% of the roof", title="Ours: part of the roof reached"
     )
-    share.set_ylim(0, 105)
+    share.set_ylim(0)
     for panel in (roofline, share):
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
