@@ -55,6 +55,23 @@ def upstream_wheel() -> Path:
     return next(folder.glob(f"{name}-{version}-*.whl"))
 
 
+def compile_ahead(target: Path) -> None:
+    """Compiles the common kernels into the package under `target`, with what it holds; without PyTorch or NVRTC (an
+    isolated build) the wheel goes without them, and compiles each at its first call."""
+    code = """
+import pathlib, sys
+try:
+    import torch, cuda.bindings.nvrtc
+except ImportError as missing:
+    sys.exit(print(f"No kernels are compiled ahead: {missing}"))
+from deep_gemm.sm120.prepare import ship
+ship(pathlib.Path(sys.argv[1]))
+"""
+    folder = target / "deep_gemm" / "sm120" / "jit" / "shipped"
+    environment = {**os.environ, "PYTHONPATH": str(target.resolve())}
+    subprocess.run([sys.executable, "-B", "-c", code, folder], env=environment, check=True)
+
+
 class Overlay(build_py):
     """Upstream's package first, then ours over it. Upstream's `__init__` stays beside our face as `upstream.py`."""
 
@@ -71,6 +88,7 @@ class Overlay(build_py):
         self.force = True
         super().run()
         (target / "deep_gemm" / "VERSION").write_text(VERSION)
+        compile_ahead(target)
 
 
 class OverlayWheel(bdist_wheel):

@@ -5,6 +5,7 @@ emulator. What PyTorch's CUDA build would say (current stream, current device) i
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from standin.driver import SECOND_DEVICE_STREAM, STREAM
 from vector_add import write_header
 
 import deep_gemm
-from deep_gemm.sm120.jit import compiler
+from deep_gemm.sm120 import prepare
+from deep_gemm.sm120.jit import compile_kernel, compiler, shipped
+from deep_gemm.sm120.kernels import metadata
 
 VECTORS = "from vector_add import *; write_header(Path({headers!r})); kernel = make_kernel()\n"
 
@@ -303,6 +306,118 @@ def test_overlapping_launches(run, sm: int, expected: list[int]) -> None:
         shapes = [[launch.grid, launch.block, launch.stream] for launch in standin.launches]
         print(json.dumps([results, [launch.overlapping for launch in standin.launches], shapes[0] == shapes[1]]))"""
     assert run(code, vectors=True) == [[True] * 5, expected, True]
+
+
+# ---- kernels that came with the wheel -------------------------------------------------------------------------------
+
+NO_COMPILER = """
+        import os, site
+        site.getsitepackages, site.ENABLE_USER_SITE = lambda: [], False
+        for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
+            os.environ.pop(name, None)
+        from deep_gemm.sm120.jit import compiler
+        try:
+            compiler.nvrtc_version()
+            raise SystemExit(print('"NVRTC"'))
+        except compiler.CompileError:
+            pass
+        """
+SHIPPED = """
+        from deep_gemm.sm120.jit import shipped
+        shipped.FOLDER, standin.ptx = Path({folder!r}), Path({folder!r})
+        """
+
+
+def without_compiler(result):
+    if result == "NVRTC":
+        pytest.skip("the system's own loader finds an NVRTC")
+    return result
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as in the wheel, with the kernels of `problem`, and their PTX for the emulator."""
+    folder = tmp_path / "shipped"
+    monkeypatch.setenv("DG_JIT_DUMP_DIR", str(folder))
+    kernels = prepare._kernels("sm_120f", 16, 128, 64, False, 1, True, True, torch.float32, torch.float32, alignment=32)
+    shipped.write(folder, kernels, "sm_120f")
+    monkeypatch.delenv("DG_JIT_DUMP_DIR")
+    return folder
+
+
+def test_the_first_call_needs_no_compiler(run, problem: str, wheel: Path) -> None:
+    code = NO_COMPILER + SHIPPED.format(folder=str(wheel)) + API.format(path=problem)
+    code += """
+        print(json.dumps([torch.equal(out, logits) and torch.equal(again, prefill), len(standin.launches)]))"""
+    assert without_compiler(run(code)) == [True, 4]
+
+
+def test_what_is_not_shipped_and_cannot_be_compiled(run, wheel: Path) -> None:
+    code = (
+        NO_COMPILER
+        + SHIPPED.format(folder=str(wheel))
+        + """
+        from deep_gemm.sm120 import warmup
+        try:
+            warmup(heads=24, device="cuda:0")
+        except RuntimeError as error:
+            print(json.dumps(str(error)))"""
+    )
+    assert "pip install nvidia-cuda-nvrtc" in without_compiler(run(code))
+
+
+@pytest.mark.parametrize("spoil", ["another card", "garbage", "missing", "no index"])
+def test_shipped_kernels_that_do_not_load_are_compiled(run, problem: str, wheel: Path, spoil: str) -> None:
+    for cubin in wheel.glob("*.cubin"):
+        if spoil == "another card":
+            cubin.write_bytes(compile_kernel(metadata.KERNEL, "sm_90a", "cubin"))
+        elif spoil == "garbage":
+            cubin.write_bytes(bytes(range(256)) * 8)
+        elif spoil == "missing":
+            cubin.unlink()
+        else:
+            (wheel / "index.json").write_text("{")
+    code = (
+        SHIPPED.format(folder=str(wheel))
+        + """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")"""
+        + API.format(path=problem).replace("\n        ", "\n            ")
+    )
+    code += """
+        right = torch.equal(out, logits) and torch.equal(again, prefill)
+        print(json.dumps([right, [str(warning.message) for warning in caught]]))"""
+    right, warned = run(code)
+    assert right
+    if spoil in ("missing", "no index"):
+        assert warned == []
+    else:
+        (message,) = warned  # one, though no kernel loads
+        assert "compiled instead (paged_mqa_logits_metadata on cuda:0" in message
+        assert ("CUDA_ERROR_NO_BINARY_FOR_GPU" if spoil == "another card" else "CUDA_ERROR_INVALID_IMAGE") in message
+
+
+def test_an_edited_header_is_not_answered_with_a_shipped_kernel(
+    tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", wheel)
+    shipped._index.cache_clear()
+    try:
+        assert shipped.find(metadata.KERNEL, "sm_120f") == compile_kernel(metadata.KERNEL, "sm_120f", "cubin")
+        assert shipped.find(metadata.KERNEL, "sm_121f") is None
+        shutil.copytree(compiler.HEADERS, tmp_path / "edited")
+        with (tmp_path / "edited" / "window.cuh").open("a") as header:
+            header.write("// edited")
+        monkeypatch.setattr(compiler, "HEADERS", tmp_path / "edited")
+        assert shipped.find(metadata.KERNEL, "sm_120f") is None
+    finally:
+        shipped._index.cache_clear()
+
+
+def test_the_source_tree_ships_nothing() -> None:
+    if not (Path(deep_gemm.__file__).parent / "VERSION").exists():
+        assert not shipped.FOLDER.exists()
 
 
 def test_no_driver_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

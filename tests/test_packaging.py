@@ -2,6 +2,7 @@
 
 import email
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 PIN = re.search(r"^([\w.-]+)==([\w.]+)", (ROOT / "upstream.txt").read_text(), re.MULTILINE)
+SHIPPED = "/jit/shipped/"
 SOURCE_SUFFIXES = (".py", ".cuh")
 
 
@@ -55,8 +57,17 @@ def metadata(wheel: Path) -> email.message.Message:
 def test_the_lean_wheel_holds_every_source_file_and_nothing_else(lean: Path) -> None:
     with zipfile.ZipFile(lean) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == sources() | {"deep_gemm/VERSION"}
+    assert {name for name in names if SHIPPED not in name} == sources() | {"deep_gemm/VERSION"}
     assert lean.name.endswith("-py3-none-any.whl")
+
+
+def test_the_common_kernels_are_compiled_ahead(lean: Path) -> None:
+    with zipfile.ZipFile(lean) as archive:
+        files = {Path(name).name: archive.read(name) for name in archive.namelist() if SHIPPED in name}
+    index = json.loads(files.pop("index.json"))
+    assert sorted(index.values()) == sorted(files) and len(files) == 24 + 2 + 1  # logits, cleaning, metadata
+    assert all(cubin[:4] == b"\x7fELF" for cubin in files.values())
+    assert sum(map(len, files.values())) < 5 << 20
 
 
 def test_the_wheel_satisfies_the_pin_on_upstream_s_and_replaces_it(lean: Path) -> None:

@@ -110,8 +110,8 @@ def rows_per_group(config: Config, rows: int, next_n: int, slots: int) -> int:
     """How many neighbouring rows a block of the paged kernel takes at once.
 
     Rows by the hundred are a prefill: neighbours see the same keys, which should leave L2 once. Fewer rows than slots
-    are a decode step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8 at
-    once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)
+    are a decode step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8
+    at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)
     """
     return max(1, config.warps // next_n) if rows >= slots else 1
 
