@@ -33,6 +33,6 @@ def test_what_is_broken_is_reported_and_not_raised(
     def broken() -> str:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(doctor.compiler, "_nvrtc_version", broken)
+    monkeypatch.setattr(doctor.compiler, "nvrtc_version", broken)
     doctor.report()
     assert "RuntimeError: no compiler" in capsys.readouterr().out
