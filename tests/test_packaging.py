@@ -115,7 +115,7 @@ def test_the_full_wheel_is_upstream_s_with_ours_over_it(tmp_path: Path, upstream
     wheel = build(tmp_path / "full", DG_UPSTREAM=str(upstream_like))
     assert wheel.name == "some_gemm-7.8+sm120.1-py3-none-manylinux2014_x86_64.whl"
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name and "/shipped/" not in name}
+        names = {name for name in archive.namelist() if ".dist-info/" not in name and SHIPPED not in name}
         theirs = {"_C.so", "upstream.py", "utils/layout.py", "include/cutlass/cutlass.h"}
         assert names == sources() | {f"deep_gemm/{name}" for name in theirs} | {"deep_gemm/VERSION"}
         assert archive.read("deep_gemm/upstream.py") == b"theirs = 1\n"
