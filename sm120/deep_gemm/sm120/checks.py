@@ -17,9 +17,12 @@ def refuse(argument: str, got: Any, expected: str) -> NoReturn:
 def tensor(argument: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple, device: Any) -> torch.Tensor:
     """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`: sizes, or names for those left open."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.device == device:
-        if len(sizes := value.shape) == len(shape):
+        sizes = value.shape
+        if sizes == shape:
+            return value
+        if len(sizes) == len(shape):
             for have, want in zip(sizes, shape):  # a loop is twice as fast as all()
-                if have != want and not isinstance(want, str):
+                if have != want and type(want) is int:
                     break
             else:
                 return value

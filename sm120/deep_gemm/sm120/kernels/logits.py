@@ -98,11 +98,9 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     return Kernel(name, "logits.cuh", f"    Indexer<{format}, {sizes}>::run(p);", 32 * config.warps, Params)
 
 
-def alignment(*bytes: int) -> int:
-    """The largest power of two, up to 32, that divides all of them."""
-    together = 32
-    for count in bytes:
-        together |= count
+def alignment(query: int, keys: int, stride: int = 0) -> int:
+    """The largest power of two, up to 32, that divides all of them: addresses, and bytes from page to page."""
+    together = query | keys | stride | 32
     return together & -together
 
 
