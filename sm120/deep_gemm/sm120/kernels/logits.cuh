@@ -59,7 +59,7 @@ struct Indexer {
 
         __device__ void load(const Params& p, int token) {
             const Lane lane;
-            const int64 first_head = int64(token) * kHeads;
+            const uint32 first_head = token * kHeads;
             const uint32 zero = p.windows.rows >> 31;   // unknown to the compiler: it would keep the vectors as they were loaded
                                                 // and copy four words before every mma (4 of 9 instructions, 24 Nov 2026)
             #pragma unroll
@@ -71,7 +71,7 @@ struct Indexer {
                     uint32 loaded[Format::kLoaded] = {};
                     weights[m][half] = 0;     // heads that pad the last tile weigh nothing
                     if (16 * m + 8 * half < kHeads) {
-                        Format::load(loaded, p.query + (first_head + head) * Format::kRowBytes + Format::lane_offset(lane));
+                        Format::load(loaded, p.query + int64(first_head + head) * Format::kRowBytes + Format::lane_offset(lane));
                         weights[m][half] = weight(p.weights + (token * p.weights_stride + head) * sizeof(Weight));
                     }
                     Format::widen(rows[half], loaded);
@@ -259,11 +259,15 @@ struct Indexer {
         return window;
     }
 
+    // Lane i's is that of token i of a group.
+    __device__ static Window windows_of(const Params& p, int first_token, int count, const Lane& lane) {
+        return lane.id < min(count, kWarps) ? window_of(p, first_token + lane.id) : Window{0, 0};
+    }
+
     // Scores up to kWarps tokens from tile `from` to where the set of tokens that have keys changes; returns where that is,
     // kNever if not before `to`. After a change the warps are dealt out anew, so none waits on a long row among short ones.
-    __device__ static int score_span(const Params& p, int first_token, int count, int from, int to, Guess guess,
+    __device__ static int score_span(const Params& p, int first_token, Window mine, int from, int to, Guess guess,
                                      const Lane& lane) {
-        const Window mine = lane.id < count ? window_of(p, first_token + lane.id) : Window{0, 0};
         const bool empty = mine.begin >= mine.end;
         const int first = empty ? 0 : mine.begin / kTile, last = empty ? 0 : (mine.end - 1) / kTile + 1;
         const bool active = first <= from && from < last;
@@ -282,16 +286,15 @@ struct Indexer {
     }
 
     // The same for any number of tokens: more than warps take turns on a piece of the keys that L1 holds.
-    __device__ static int score_group(const Params& p, int first_token, int count, int from, int to, Guess guess,
-                                      const Lane& lane) {
-        if constexpr (!kTurns) return score_span(p, first_token, count, from, to, guess, lane);
+    __device__ static int score_group(const Params& p, int first_token, int count, Window mine, int from, int to,
+                                      Guess guess, const Lane& lane) {
+        if constexpr (!kTurns) return score_span(p, first_token, mine, from, to, guess, lane);
         constexpr int kPieceTiles = 16;
         to = min(to, (p.windows.longest(first_token / p.windows.next_n) - 1) / kTile + 1);
         const int piece = min(to, from + kPieceTiles);
         for (int i = 0; i < count; i += kWarps) {
-            for (int tile = from; tile < piece;) {
-                tile = score_span(p, first_token + i, min(kWarps, count - i), tile, piece, guess, lane);
-            }
+            mine = windows_of(p, first_token + i, count - i, lane);
+            for (int tile = from; tile < piece;) tile = score_span(p, first_token + i, mine, tile, piece, guess, lane);
         }
         return piece < to ? piece : kNever;
     }
@@ -342,10 +345,10 @@ struct Indexer {
 
     // The page that this warp will need first if the row has keys and all its tokens do: asked for together with the
     // lengths that would tell, so that only three loads wait for each other before the first mma (schedule, page, key).
-    __device__ static Guess guess_page(const Params& p, int row, int tile, int limit) {
+    __device__ static Guess guess_page(const Params& p, int row, int tile) {
         Guess guess{tile + int(threadIdx.x / 32) / min(p.windows.next_n, kWarps), 0};
         const int column = kOnePage ? guess.tile * kTile / kPage : kNever;
-        if (p.rows_per_group > 1 || row >= limit || column >= p.table_columns) guess.tile = -1;
+        if (p.rows_per_group > 1 || column >= p.table_columns) guess.tile = -1;
         else guess.page = ptx::load_word(p.block_table + row * p.table_stride + column);
         return guess;
     }
@@ -363,20 +366,27 @@ struct Indexer {
             const int2 begin = entry_of(p, blockIdx.x), end = entry_of(p, blockIdx.x + 1);
             const int limit = begin.x == end.x && begin.y >= end.y ? 0 : min(p.windows.rows, end.x + (end.y > 0));
             row = max(row, begin.x);
-            Guess guess = guess_page(p, row, max(tile, row == begin.x ? begin.y * kTilesPerSplit : 0), limit);
-            const int first = row;
-            row = next_row(p, row, limit, lane);
             if (row >= limit) return;
-            if (row != first) guess.tile = -1;
+            const Guess guess = guess_page(p, row, max(tile, row == begin.x ? begin.y * kTilesPerSplit : 0));
             const int first_row = row - row % p.rows_per_group;
             const int rows = min(p.rows_per_group, p.windows.rows - first_row);
-            const int from = max(tile, boundary(p, begin, first_row, rows, lane)), to = boundary(p, end, first_row, rows, lane);
             const int first_token = first_row * p.windows.next_n, count = rows * p.windows.next_n;
-            tile = score_group(p, first_token, count, from, to, guess, lane);
-            if (tile == kNever) {
-                tile = 0;
+            const Window mine = windows_of(p, first_token, count, lane);
+            const bool some = kTurns ? p.windows.longest(row) > 0 : __any_sync(kAllLanes, mine.end > 0);
+            if (some) {
+                int from = 0, to = 0;
+                #pragma unroll 1              // one copy of the code: what does not fit the instruction cache costs more
+                for (int i = 0; i < 2; ++i) {
+                    from = to;
+                    to = boundary(p, i ? end : begin, first_row, rows, lane);
+                }
+                tile = score_group(p, first_token, count, mine, max(tile, from), to, guess, lane);
+                if (tile != kNever) continue;
                 row += p.rows_per_group - row % p.rows_per_group;
+            } else {
+                row = next_row(p, first_row + rows, limit, lane);
             }
+            tile = 0;
         }
     }
 
@@ -385,14 +395,16 @@ struct Indexer {
     __device__ static void run_share(const Params& p) {
         const Lane lane;
         const int first_token = blockIdx.x * kWarps, count = min(kWarps, p.windows.rows - first_token);
-        const Window mine = lane.id < count ? window_of(p, first_token + lane.id) : Window{0, 0};
+        const Window mine = windows_of(p, first_token, count, lane);
         const bool empty = mine.begin >= mine.end;
         const int first = __reduce_min_sync(kAllLanes, empty ? kNever : mine.begin / kTile);
         const int last = __reduce_max_sync(kAllLanes, empty ? 0 : (mine.end - 1) / kTile + 1);
         const int share = (last - first - 1) / int(gridDim.y) + 1;
         const int from = first + int(blockIdx.y) * share, to = min(last, from + share);
         if (first >= last) return;
-        for (int tile = from; tile < to;) tile = score_span(p, first_token, count, tile, to, {-1, 0}, lane);
+        for (int tile = from; tile < to;) {
+            tile = score_span(p, first_token, windows_of(p, first_token, count, lane), tile, to, {-1, 0}, lane);
+        }
     }
 
     __device__ static void run(const Params& p) {
