@@ -310,7 +310,7 @@ def test_what_cannot_be_read_or_run():
         ("add.u32 %r1, %d2, %d3; mov.u64 %r1, %d1;", "register %r1 has 32 bits, .u64 needs 64"),
         ("bra NOWHERE;", "unknown label"),
         ("red.global.add.v2.f32 [%at0], {%r1, %r2};", "vector and 128-bit atomics are not supported"),
-        ("cp.async.bulk.commit_group;", "'cp.async.bulk.commit_group' is not supported"),
+        ("cp.async.bulk.global.shared::cta.bulk_group [%at0], [%r1], 16;", "is not supported"),
         ("add.u32 %r1, %r2;", "2 sources expected, found 1"),
         ("@%q add.u32 %r1, %r2, %r3;", "register '%q' is not declared"),
     ]:

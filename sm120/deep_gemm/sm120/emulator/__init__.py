@@ -11,7 +11,8 @@ Every access to memory is checked; an error names the PTX line and the first thr
 
 from .counters import Counters, recording
 from .errors import EmulatorError
+from .isa.asynchronous import TensorMap
 from .machine import Module
 from .memory import Buffer
 
-__all__ = ["Buffer", "Counters", "EmulatorError", "Module", "recording"]
+__all__ = ["Buffer", "Counters", "EmulatorError", "Module", "TensorMap", "recording"]

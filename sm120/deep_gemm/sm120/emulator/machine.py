@@ -8,6 +8,7 @@ that meet merge.  In code as compilers lay it out this brings diverged warps tog
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from . import isa  # noqa: F401  (fills the instruction table)
 from .counters import Counters, record, tracing
 from .errors import EmulatorError, Fault
 from .formats import UNSIGNED
+from .isa.asynchronous import TensorMap
 from .lanes import WARP, Lanes
 from .memory import SHARED_START, Access, Buffer, GlobalMemory, Scratch, Traffic
 from .operands import Step, translate
@@ -78,6 +80,7 @@ class Module:
         shared_bytes: int = 0,
         trace: bool = False,
         sanitize=None,
+        tensor_maps: Mapping[int, TensorMap] | None = None,
     ) -> Counters:
         """Run a kernel to its end and return what it did.
 
@@ -87,6 +90,7 @@ class Module:
         shared_bytes   dynamic shared memory of a block, in bytes
         trace          also count the distinct 32-byte sectors read (see Counters); slower
         sanitize       an observer, see memory.Sanitizer
+        tensor_maps    what the tensor maps among the parameters stand for, by their offsets in the parameter block
 
         Raises EmulatorError for wrong arguments, unknown instructions, accesses outside the buffers, misaligned or to
         read-only memory, barriers that cannot be passed and warps that diverge at .aligned instructions.
@@ -97,6 +101,7 @@ class Module:
         param = _place("parameters", _pack(code, params), 128, writable=False)
         launch = _Launch(self, code, steps, shape, shared_bytes, trace or tracing(), sanitize)
         launch.memory = GlobalMemory([*buffers, *self._storage], hidden=[param])
+        launch.tensor_maps = {param.address + offset: tensor for offset, tensor in (tensor_maps or {}).items()}
         launch.symbols.update({name: param.address + p.offset for name, p in code.params.items()})
         per_wave = max(1, LANES_PER_WAVE // shape.lanes)
         with np.errstate(all="ignore"):
@@ -173,6 +178,7 @@ class _Launch:
     def __init__(self, module: Module, kernel: Kernel, steps, shape: _Shape, shared_bytes: int, trace: bool, sanitize):
         self.kernel, self.steps, self.shape = kernel, steps, shape
         self.memory: GlobalMemory
+        self.tensor_maps: dict[int, TensorMap] = {}
         self.issued, self.threads = [0] * (len(steps) + 1), [0] * (len(steps) + 1)
         self.symbols = dict(module._addresses)
         self.counters = Counters(blocks=shape.blocks)
@@ -320,7 +326,9 @@ class Wave:
             self.arrive(pc, lanes)
 
     def stall(self, pc: int, lanes: Lanes) -> None:
-        """Lanes try the instruction at ``pc`` again when something changes or nobody else can run."""
+        """Lanes try the instruction at ``pc`` again when something changes; it counts when it is done."""
+        self.issued[pc] -= lanes.warps
+        self.threads[pc] -= lanes.count
         there = self.stalled.pop(pc, None)
         self.stalled[pc] = lanes if there is None else there | lanes
 
@@ -342,7 +350,10 @@ class Wave:
             return False
         lines = [self.kernel.instructions[pc].line for pc, _ in waiting]
         where = "; ".join(f"{len(lanes)} threads at PTX line {line}" for line, (_, lanes) in zip(lines, waiting))
-        what = "a warp that diverged never comes together" if apart else "a barrier can never be passed"
+        what = "a barrier can never be passed"
+        if apart:
+            waits = {self.kernel.instructions[pc].parts[0] for pc, _ in apart}
+            what = "a phase is never over" if waits == {"mbarrier"} else "a warp that diverged never comes together"
         pc, lanes = waiting[0]
         raise self.error(pc, Fault(f"deadlock: {what}; waiting are {where}", int(lanes[0])))
 

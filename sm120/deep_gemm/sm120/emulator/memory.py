@@ -86,8 +86,9 @@ class Part(NamedTuple):
 class Access(NamedTuple):
     """What observers (traces, sanitizers) are told, after the checks and before the bytes move.
 
-    ``kind`` read, write or atomic; ``space`` global, shared or local; ``addresses`` [count] in that space, or a scalar
-    for one address of all lanes; ``nbytes`` per lane.
+    ``kind`` read, write, atomic, or copy: a write that runs beside its thread (TMA); ``space`` global, shared or
+    local; ``addresses`` [count] in that space, or a scalar for one address of all lanes; ``nbytes`` per lane.  In bulk
+    copies a lane is there as often as it has words to move.
     """
 
     kind: str
@@ -240,12 +241,13 @@ def load(wave, space, lanes: Lanes, addresses: np.ndarray, size: int, count: int
     return [words] if count == 1 else list(np.ascontiguousarray(words.T))
 
 
-def store(wave, space, lanes: Lanes, addresses: np.ndarray, values: list[np.ndarray]) -> None:
-    """``values``: one array (or scalar) of words per element of the vector.  The last lane wins a conflict."""
+def store(wave, space, lanes: Lanes, addresses: np.ndarray, values: list[np.ndarray], kind: str = "write") -> None:
+    """``values``: one array (or scalar) of words per element of the vector.  The last lane wins a conflict.
+    ``kind``: what observers are told, see Access."""
     size, count = values[0].dtype.itemsize, len(values)
     nbytes = size * count
     parts = space.locate(lanes, addresses, nbytes, "write")
-    wave.observe("write", space.name, lanes, addresses, nbytes, parts)
+    wave.observe(kind, space.name, lanes, addresses, nbytes, parts)
     for region, offsets, which in parts:
         slots = offsets // nbytes
         view = region.view(size, count)

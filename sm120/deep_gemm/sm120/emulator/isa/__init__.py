@@ -1,3 +1,3 @@
 """The instructions, one file per family.  Importing them fills the table in operands.py."""
 
-from . import control, conversion, data, floating, integer, special, tensor, warp  # noqa: F401
+from . import asynchronous, control, conversion, data, floating, integer, special, tensor, warp  # noqa: F401

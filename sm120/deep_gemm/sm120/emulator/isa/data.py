@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, asynchronous copies, ldmatrix and stmatrix."""
+"""Loads, stores, atomics, ldmatrix and stmatrix."""
 
 from __future__ import annotations
 
@@ -190,54 +190,6 @@ def atom(i: Instruction):
         for old, chosen in in_space(space, apply)(wave, at, address(wave, at)):
             found[slice(None) if chosen is None else chosen] = old
         write(wave, at, found)
-
-    return step
-
-
-# --- asynchronous copies ---------------------------------------------------------------------------------------------
-
-
-@opcode("cp")
-def cp(i: Instruction):
-    """cp.async copies at once, which every wait allows; groups need no bookkeeping then."""
-    if i.parts[1] != "async" or i.has("bulk", "mbarrier"):
-        raise i.error(f"'{i.opcode}' is not supported")
-    if i.has("commit_group", "wait_group", "wait_all"):
-        return lambda wave, at: None
-    target, source, size, *rest = without_hints(i)
-    target, source = address_reader(i, target, 32), address_reader(i, source)
-    nbytes = size.value
-    # What follows is either the number of bytes to read (the rest is zero), or a predicate: read nothing.
-    source_bytes = ignore = None
-    if rest:
-        if isinstance(rest[0], Reg) and rest[0].bits == 1:
-            ignore = reader(i, rest[0], TYPES["pred"])
-        else:
-            source_bytes = reader(i, rest[0], U32)
-
-    def step(wave, at):
-        taken = np.full(at.count, nbytes, np.int64)
-        if source_bytes is not None:
-            taken = np.minimum(np.broadcast_to(source_bytes(wave, at), at.count), nbytes).astype(np.int64)
-        if ignore is not None:
-            taken = np.where(ignore(wave, at), 0, nbytes)
-        sources = np.broadcast_to(source(wave, at), at.count)
-        content = np.zeros((at.count, nbytes), np.uint8)
-        memory.check_aligned(at, sources, nbytes, "global read")
-        for amount in np.unique(taken[taken > 0]):
-            chosen = taken == amount
-            part = at.where(chosen)
-            word = int(amount & -amount)  # the largest word that divides the amount
-            word, count = (8, 2) if word == 16 else (word, amount // word)
-            columns = []
-            if word * count in (4, 8, 16):
-                columns = memory.load(wave, wave.memory, part, sources[chosen], word, int(count))
-            else:
-                for n in range(count):
-                    columns += memory.load(wave, wave.memory, part, sources[chosen] + np.uint64(n * word), word)
-            content[chosen, :amount] = np.stack(columns, axis=1).view(np.uint8)
-        words = content.view(np.uint32)
-        memory.store(wave, wave.shared, at, target(wave, at), list(np.ascontiguousarray(words.T)))
 
     return step
 
