@@ -65,7 +65,7 @@ def test_the_command(tmp_path) -> None:
         assert length == keys and 1e-9 < float(error) < 1e-6 and overlap.startswith("100.00%")
     assert cells(printed, "request 0") == ["0", "-", "-"]
     _, instructions, mma, read, written = (number.replace(",", "") for number in cells(printed, "paged logits"))
-    assert int(mma) == 1283 * 32 and int(instructions) > int(mma)  # 2 x 4 x 4 of m16n8k32 a tile
+    assert int(mma) == 642 * 64 and int(instructions) > int(mma)  # 4 x 4 x 4 of m16n8k32 a tile of 32 keys
     assert int(written) == 4 * (37 + 4096 + 16384) and int(read) > 132 * (37 + 4096 + 16384)
     assert is_picture(picture)
 

@@ -51,6 +51,6 @@ def test_a_row_is_as_long_as_its_longest_token(device: str) -> None:
     plan(torch.randint(0, 9000, (40, 5), dtype=torch.int32, device=device), 48)
 
 
-@given(st.lists(st.integers(0, 2000), max_size=40), st.integers(1, 300))
-def test_any_lengths(lengths: list[int], slots: int) -> None:
-    plan(torch.tensor(lengths, dtype=torch.int32).view(-1, 1), slots)
+@given(lengths=st.lists(st.integers(0, 2000), max_size=40), slots=st.integers(1, 300))
+def test_any_lengths(lengths: list[int], slots: int, device: str) -> None:
+    plan(torch.tensor(lengths, dtype=torch.int32, device=device).view(-1, 1), slots)

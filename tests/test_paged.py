@@ -225,7 +225,7 @@ class TestRepeatability:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Paged:
+def problems(draw: st.DrawFn) -> dict:
     fp4 = draw(st.booleans())
     next_n = draw(st.sampled_from([1, 1, 2, 3, 4, 9, 20]))
     length = st.integers(0, 400) | st.sampled_from([0, 1, 15, 16, 17, 255, 256, 257])
@@ -235,8 +235,8 @@ def problems(draw: st.DrawFn) -> Paged:
     else:
         row = st.lists(length, min_size=next_n, max_size=next_n)
         lengths = draw(st.lists(row, min_size=batch, max_size=batch))
-    return Paged(
-        lengths,
+    return dict(
+        lengths=lengths,
         next_n=next_n,
         heads=draw(st.sampled_from([8, 16, 24, 32, 64])),
         dim=draw(st.sampled_from([64, 128] if fp4 else [32, 64, 128])),
@@ -247,6 +247,6 @@ def problems(draw: st.DrawFn) -> Paged:
     )
 
 
-@given(problems(), st.booleans())
-def test_any_problem(problem: Paged, clean: bool) -> None:
-    run(problem, clean=clean)
+@given(problem=problems(), clean=st.booleans())
+def test_any_problem(problem: dict, clean: bool, device: str) -> None:
+    run(Paged(**problem, device=device), clean=clean)

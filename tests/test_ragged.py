@@ -132,14 +132,14 @@ def test_paged_and_ragged_agree(fp4: bool, device: str) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=40),
-    st.sampled_from([8, 16, 40, 64]),
-    st.sampled_from([(False, 32), (False, 64), (False, 128), (True, 64), (True, 128)]),
-    st.booleans(),
-    st.booleans(),
+    windows=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=40),
+    heads=st.sampled_from([8, 16, 40, 64]),
+    format=st.sampled_from([(False, 32), (False, 64), (False, 128), (True, 64), (True, 128)]),
+    compressed=st.booleans(),
+    clean=st.booleans(),
 )
-def test_any_problem(windows: list, heads: int, format: tuple, compressed: bool, clean: bool) -> None:
+def test_any_problem(windows: list, heads: int, format: tuple, compressed: bool, clean: bool, device: str) -> None:
     starts, ends = [begin for begin, _ in windows], [end for _, end in windows]
     longest = max((end - begin for begin, end in windows), default=0)
-    problem = Ragged(starts, ends, 300, heads=heads, fp4=format[0], dim=format[1])
+    problem = Ragged(starts, ends, 300, heads=heads, fp4=format[0], dim=format[1], device=device)
     run(problem, max(longest, 1) if compressed else 0, clean)
