@@ -73,11 +73,11 @@ def test_the_command(tmp_path) -> None:
 @pytest.mark.parametrize(
     "options, mmas",
     [
-        (["--fp4"], 16 * 22),  # MMAs of 16 keys and one token, times 19 + 3 tiles
-        (["--heads", "24"], 2 * 4 * 2 * 22),
-        (["--next-n", "3"], 3 * 32 * 22),
-        (["--arch", "sm_90a", "--heads", "16"], 2 * 4 * 22),
-        (["--arch", "sm_100a", "--fp4", "--next-n", "2"], 2 * 32 * 22),
+        (["--fp4"], 16 * 24),  # MMAs of 16 keys and one token, times 20 + 4: tiles are of 32 keys
+        (["--heads", "24"], 2 * 4 * 2 * 24),
+        (["--next-n", "3"], 3 * 32 * 24),
+        (["--arch", "sm_90a", "--heads", "16"], 2 * 4 * 24),
+        (["--arch", "sm_100a", "--fp4", "--next-n", "2"], 2 * 32 * 24),
     ],
     ids=["fp4", "heads", "next-n", "sm_90a", "sm_100a"],
 )
