@@ -81,19 +81,20 @@ class Counters:
 class _Recording(NamedTuple):
     launches: list[Counters]
     trace: bool
+    sanitize: bool
 
 
 _recordings: ContextVar[tuple[_Recording, ...]] = ContextVar("recordings", default=())
 
 
 @contextmanager
-def recording(trace: bool = False) -> Iterator[list[Counters]]:
+def recording(trace: bool = False, sanitize: bool = False) -> Iterator[list[Counters]]:
     """Collects the Counters of every launch that this thread finishes inside, in order; recordings may nest.
 
-    ``trace``  launches inside run as with ``Module.launch(..., trace=True)``
+    ``trace``, ``sanitize``: launches inside run as if ``Module.launch`` had been asked for it.
     """
     launches: list[Counters] = []
-    token = _recordings.set((*_recordings.get(), _Recording(launches, trace)))
+    token = _recordings.set((*_recordings.get(), _Recording(launches, trace, sanitize)))
     try:
         yield launches
     finally:
@@ -103,6 +104,11 @@ def recording(trace: bool = False) -> Iterator[list[Counters]]:
 def tracing() -> bool:
     """Has a recording that is open asked for a trace?"""
     return any(recording.trace for recording in _recordings.get())
+
+
+def sanitizing() -> bool:
+    """Has a recording that is open asked for sanitizers?"""
+    return any(recording.sanitize for recording in _recordings.get())
 
 
 def record(counters: Counters) -> None:

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import isa  # noqa: F401  (fills the instruction table)
-from .counters import Counters, record, tracing
+from .counters import Counters, record, sanitizing, tracing
 from .errors import EmulatorError, Fault
 from .formats import UNSIGNED
 from .isa.asynchronous import TensorMap
 from .lanes import WARP, Lanes
-from .memory import SHARED_START, Access, Buffer, GlobalMemory, Scratch, Traffic
+from .memory import SHARED_START, Access, Buffer, GlobalMemory, Sanitizer, Scratch, Traffic
 from .operands import Step, translate
 from .parser import Instruction, Kernel, Parser, Variable
+from .sanitizers import Sanitizers
 
 LANES_PER_WAVE = 8192  # registers of 32 KB: a few fit the first cache level, a kernel's working set the second
 BARRIERS = 16
@@ -79,7 +80,7 @@ class Module:
         buffers: list[Buffer] = (),
         shared_bytes: int = 0,
         trace: bool = False,
-        sanitize=None,
+        sanitize: bool | Sanitizer = False,
         tensor_maps: Mapping[int, TensorMap] | None = None,
     ) -> Counters:
         """Run a kernel to its end and return what it did.
@@ -89,7 +90,8 @@ class Module:
         buffers        all global memory that the kernel may touch; pointers are host addresses
         shared_bytes   dynamic shared memory of a block, in bytes
         trace          also count the distinct 32-byte sectors read (see Counters); slower
-        sanitize       an observer, see memory.Sanitizer
+        sanitize       True: stop at reads of what was never written, races and false shuffles, see sanitizers.py; or an
+                       observer of one's own, see memory.Sanitizer
         tensor_maps    what the tensor maps among the parameters stand for, by their offsets in the parameter block
 
         Raises EmulatorError for wrong arguments, unknown instructions, accesses outside the buffers, misaligned or to
@@ -99,7 +101,8 @@ class Module:
         steps = self.steps(kernel)
         shape = _Shape.of(code, grid, block)
         param = _place("parameters", _pack(code, params), 128, writable=False)
-        launch = _Launch(self, code, steps, shape, shared_bytes, trace or tracing(), sanitize)
+        sanitizer = Sanitizers() if sanitize is True or sanitize is False and sanitizing() else sanitize or None
+        launch = _Launch(self, code, steps, shape, shared_bytes, trace or tracing(), sanitizer)
         launch.memory = GlobalMemory([*buffers, *self._storage], hidden=[param])
         launch.tensor_maps = {param.address + offset: tensor for offset, tensor in (tensor_maps or {}).items()}
         launch.symbols.update({name: param.address + p.offset for name, p in code.params.items()})
@@ -151,6 +154,11 @@ class _Shape:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
+def _split(number: int, extent: tuple[int, int, int]) -> tuple[int, int, int]:
+    x, y, _ = extent
+    return number % x, number // x % y, number // (x * y)
+
+
 def _pack(kernel: Kernel, params: bytes | list) -> bytes:
     if isinstance(params, (bytes, bytearray, memoryview)):
         if len(params) < kernel.param_bytes:
@@ -175,7 +183,7 @@ def _pack(kernel: Kernel, params: bytes | list) -> bytes:
 class _Launch:
     """What all waves of a launch share."""
 
-    def __init__(self, module: Module, kernel: Kernel, steps, shape: _Shape, shared_bytes: int, trace: bool, sanitize):
+    def __init__(self, module: Module, kernel: Kernel, steps, shape: _Shape, shared_bytes: int, trace: bool, sanitizer):
         self.kernel, self.steps, self.shape = kernel, steps, shape
         self.memory: GlobalMemory
         self.tensor_maps: dict[int, TensorMap] = {}
@@ -183,8 +191,8 @@ class _Launch:
         self.symbols = dict(module._addresses)
         self.counters = Counters(blocks=shape.blocks)
         self.traffic = Traffic(self.counters) if trace else None
-        self.sanitizer = sanitize
-        self.observers = [observer for observer in (self.traffic, sanitize) if observer is not None]
+        self.sanitizer = sanitizer
+        self.observers = [observer for observer in (self.traffic, sanitizer) if observer is not None]
         variables = {**module.variables, **kernel.variables}
         self.shared_bytes = self._layout(variables, "shared", SHARED_START) - SHARED_START + shared_bytes
         self.dynamic_bytes = shared_bytes
@@ -235,6 +243,7 @@ class Wave:
     """Some blocks of a launch, running.  Instructions see the machine through this object.
 
     size, blocks            lanes and blocks of this wave
+    pc                      the instruction at work
     registers[number]       [size] bits of a register, or None; arrays in here are never changed, only replaced
     lane, block_of          [size] lane in its warp, block in this wave
     memory, shared, local   the memory spaces
@@ -260,6 +269,7 @@ class Wave:
         self.fronts: dict[int, Lanes] = {}
         self.stalled: dict[int, Lanes] = {}
         self.resting: dict[int, Lanes] = {}
+        self.pc = 0
         self.looks = 0  # at memory that others may change, since the last turn of a waiting front
         self.barriers = _Barriers()
         self.special: dict[str, np.ndarray] = {}
@@ -284,6 +294,7 @@ class Wave:
         meeting = min((other for other in (*self.fronts, *self.stalled) if other > pc), default=len(code))
         try:
             while pc < meeting:
+                self.pc = pc
                 issued[pc] += lanes.warps
                 threads[pc] += lanes.count
                 out = code[pc](self, lanes)
@@ -396,6 +407,8 @@ class Wave:
         values   [lanes.count] bool to be reduced (bar.red): ``done(wave, lanes, values of all, blocks)`` gets them
         """
         need = None if need is None else np.broadcast_to(need, lanes.count)
+        if self.sanitizer is not None:
+            self.sanitizer.release(self, ("bar", number), lanes)
         if park:
             group = _Waiting(lanes.numbers, pc, need, values, done)
             self.barriers.waiting.setdefault(number, []).append(group)
@@ -418,6 +431,8 @@ class Wave:
         complete = (arrived >= need) & (arrived > 0)
         if not complete.any():
             return []
+        if self.sanitizer is not None:
+            self.sanitizer.complete(self, ("bar", number), complete)
         out, staying = [], []
         if groups[0].values is not None:
             lanes = np.concatenate([group.lanes for group in groups])
@@ -426,6 +441,8 @@ class Wave:
             leaves = complete[self.block_of[group.lanes]]
             if leaves.any():
                 part = Lanes(group.lanes[leaves], self.size)
+                if self.sanitizer is not None:
+                    self.sanitizer.acquire(self, ("bar", number), part)
                 if group.done is not None:
                     group.done(self, part, values, self.block_of[lanes])
                 out.append((group.pc, part))
@@ -470,14 +487,12 @@ class Wave:
 
     def position(self, lane: int) -> str:
         """block (x, y, z), thread (x, y, z) of a lane."""
-        shape = self.launch.shape
+        block = self.block_position(self.first_block + int(self.block_of[lane]))
+        return f"block {block}, thread {_split(int(self.thread[lane]), self.launch.shape.block)}"
 
-        def split(number: int, extent: tuple[int, int, int]) -> tuple[int, int, int]:
-            x, y, _ = extent
-            return number % x, number // x % y, number // (x * y)
-
-        block = split(self.first_block + int(self.block_of[lane]), shape.grid)
-        return f"block {block}, thread {split(int(self.thread[lane]), shape.block)}"
+    def block_position(self, number: int) -> tuple[int, int, int]:
+        """(x, y, z) of a block of the launch."""
+        return _split(number, self.launch.shape.grid)
 
     def error(self, pc: int, fault: Fault) -> EmulatorError:
         i = self.kernel.instructions[pc]

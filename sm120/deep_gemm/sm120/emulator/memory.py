@@ -27,6 +27,7 @@ class Buffer:
 
     name, writable   as errors and counters call it; False: a store to it is an error
     address, nbytes  first byte and length
+    unwritten        holds nothing yet: sanitizers report who reads what the kernel has not written
     owner            keeps the memory alive
     """
 
@@ -34,10 +35,11 @@ class Buffer:
     address: int
     nbytes: int
     writable: bool = True
+    unwritten: bool = False
     owner: object = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, array, name: str, writable: bool = True) -> Buffer:
+    def of(cls, array, name: str, writable: bool = True, unwritten: bool = False) -> Buffer:
         """The span of a numpy array or torch CPU tensor, from its first to its last element whatever its strides.
 
         Raises RuntimeError for a tensor that is not on the CPU.
@@ -52,17 +54,18 @@ class Buffer:
             address, itemsize = array.data_ptr(), array.element_size()
             shape, strides = tuple(array.shape), tuple(stride * itemsize for stride in array.stride())
         if 0 in shape:
-            return cls(name, address, 0, writable, array)
+            return cls(name, address, 0, writable, unwritten, array)
         spans = [(extent - 1) * stride for extent, stride in zip(shape, strides)]
         first, last = sum(span for span in spans if span < 0), sum(span for span in spans if span > 0)
-        return cls(name, address + first, last - first + itemsize, writable, array)
+        return cls(name, address + first, last - first + itemsize, writable, unwritten, array)
 
 
 class Region:
     """Bytes that can be viewed as words of 1 to 8 bytes, alone or in vectors."""
 
-    def __init__(self, name: str, raw: np.ndarray, skew: int = 0, writable: bool = True, counted: bool = True):
-        self.name, self.raw, self.skew, self.writable, self.counted = name, raw, skew, writable, counted
+    def __init__(self, name: str, raw: np.ndarray, skew=0, writable=True, counted=True, unwritten=False):
+        self.name, self.raw, self.skew = name, raw, skew
+        self.writable, self.counted, self.unwritten = writable, counted, unwritten
         self.views: dict[tuple[int, int], np.ndarray] = {}
 
     def view(self, size: int, count: int = 1) -> np.ndarray:
@@ -106,10 +109,13 @@ class Observer(Protocol):
 
 
 class Sanitizer(Observer, Protocol):
-    """Is told of registers and shuffles too; may raise errors.Fault to stop the kernel at this instruction.
+    """Is told of registers, shuffles and barriers too; may raise errors.Fault to stop the kernel at this instruction.
 
     ``lanes`` run the instruction; ``sources`` [lanes.count] are the lanes that a shuffle reads from, told only where
     the warp is not whole.
+
+    ``key`` names a barrier of each block.  Lanes arrive there (``release``; ``copied``: a bulk copy of theirs does), it
+    has all that it waits for in some ``blocks`` [blocks] bool (``complete``), lanes pass it (``acquire``).
     """
 
     def register_read(self, wave, instruction, register, lanes: Lanes) -> None: ...
@@ -117,6 +123,12 @@ class Sanitizer(Observer, Protocol):
     def register_write(self, wave, instruction, register, lanes: Lanes) -> None: ...
 
     def shuffle(self, wave, instruction, lanes: Lanes, sources: np.ndarray) -> None: ...
+
+    def release(self, wave, key: tuple, lanes: Lanes, copied: bool = False) -> None: ...
+
+    def complete(self, wave, key: tuple, blocks: np.ndarray) -> None: ...
+
+    def acquire(self, wave, key: tuple, lanes: Lanes) -> None: ...
 
 
 def first_lane(lanes: Lanes, bad: np.ndarray) -> int:
@@ -145,7 +157,7 @@ class GlobalMemory:
                 base = buffer.address & ~31
                 length = -(-(buffer.address + buffer.nbytes - base) // 32) * 32
                 raw = np.frombuffer((ctypes.c_uint8 * length).from_address(base), np.uint8)
-                region = Region(buffer.name, raw, base, buffer.writable, counted=buffer not in hidden)
+                region = Region(buffer.name, raw, base, buffer.writable, buffer not in hidden, buffer.unwritten)
                 self.ranges.append((buffer.address, buffer.address + buffer.nbytes, region))
 
     def locate(self, lanes: Lanes, addresses: np.ndarray, nbytes: int, kind: str) -> list[Part]:

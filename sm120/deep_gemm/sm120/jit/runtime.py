@@ -77,7 +77,7 @@ def _emulate(kernel, grid, parameters, inputs, outputs) -> None:
     from ..emulator import Buffer
 
     buffers = [Buffer.of(tensor, name, writable=False) for name, tensor in inputs.items() if tensor is not None]
-    buffers += [Buffer.of(tensor, name, writable=True) for name, tensor in outputs.items()]
+    buffers += [Buffer.of(tensor, name, unwritten=True) for name, tensor in outputs.items()]
     _emulated(kernel).launch(kernel.name, (*grid, 1), (kernel.threads, 1, 1), bytes(parameters), buffers)
 
 

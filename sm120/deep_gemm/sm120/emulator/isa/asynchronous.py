@@ -47,11 +47,12 @@ def mbarrier_at(wave, address: int, lanes: Lanes) -> Mbarrier:
     return found
 
 
-def arrive(wave, address: int, lanes: Lanes, arrivals, expected) -> None:
-    """Each lane brings arrivals and expects bytes (below zero: bytes have come); both [lanes.count] or scalars."""
+def arrive(wave, address: int, lanes: Lanes, arrivals, expected, copied: bool = False) -> None:
+    """Each lane brings arrivals and expects bytes (below zero: bytes have come); both [lanes.count] or scalars.
+    ``copied``: it is a copy that reports."""
     barrier, blocks = mbarrier_at(wave, address, lanes), wave.block_of[lanes.index]
     if wave.sanitizer is not None:
-        wave.sanitizer.release(wave, ("mbarrier", address), lanes)
+        wave.sanitizer.release(wave, ("mbarrier", address), lanes, copied)
 
     def by_block(values) -> np.ndarray:
         return np.bincount(blocks, np.broadcast_to(values, lanes.count), wave.blocks).astype(np.int64)
@@ -270,7 +271,7 @@ def deliver(wave, lane: int, addresses: np.ndarray, content: np.ndarray, barrier
     words = list(np.ascontiguousarray(content.view(np.uint64).T))
     memory.store(wave, wave.shared, repeated(wave, lane, len(addresses)), addresses, words, kind="copy")
     one = Lanes(np.array([lane]), wave.size)
-    arrive(wave, barrier, one, 0, -content.size)
+    arrive(wave, barrier, one, 0, -content.size, copied=True)
 
 
 def tile(wave, lane: int, tensor: TensorMap, start: list[int]) -> np.ndarray:
