@@ -1,6 +1,5 @@
 """CUDA C++ compiled by NVRTC, run in the emulator, for each architecture that we build for."""
 
-import time
 
 import numpy as np
 import pytest
@@ -168,13 +167,11 @@ def test_arithmetic(module):
     np.testing.assert_array_equal(out, [scalar(i) for i in range(n)])
 
 
-def test_parsing_is_fast():
+def test_thousands_of_lines():
     lines = [
         "{ .reg .b32 t; add.u32 t, %r1, 5; mad.lo.s32 %r2, t, %r1, %r3; }",
         "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d1+16];",
     ]
     text = HEADER + ".visible .entry k(.param .u64 p) {\n.reg .b32 %r<9>; .reg .b64 %d<9>;\n"
     text += "\n".join(lines * 1500) + "\nret; }"
-    start = time.process_time()
-    Module(text).steps("k")
-    assert time.process_time() - start < 1.0  # 0.2 s on a desktop; room for a busy machine
+    assert len(Module(text).steps("k")) == 3 * 1500 + 1
