@@ -14,7 +14,7 @@ from problems import Paged, Ragged
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import peer
-from sidebyside import PEER_SLOTS, our_paged, our_ragged, their_paged, their_ragged, their_schedule
+from sidebyside import PEER_SLOTS, compare, our_paged, our_ragged, their_paged, their_ragged, their_schedule
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,3 +113,15 @@ def test_schedule_varlen() -> None:
         row += rows
     schedule = [tuple(entry) for entry in their_schedule(lengths, indices=indices).tolist()]
     assert schedule == shares(splits, PEER_SLOTS, (19, 0))
+
+
+@FORMATS
+def test_side_by_side(fp4: bool) -> None:
+    """What the table counts, where it can be told beforehand: 8 keys x 16 heads x 32 or 64 elements an MMA."""
+    ours, theirs = compare(Ragged([0] * 4, [512] * 4, 512, heads=64, fp4=fp4))
+    assert float(ours["- mma"]) == float(theirs["- mma"]) == (1 if fp4 else 2)
+    assert ours["wavefronts"] == "0.000 (0.000)" and float(ours["- barrier"]) == 0 and ours["bytes written"] == "4.00"
+    # Every key, at least once, for all four rows: its values and its scale.
+    assert float(theirs["- from L2"]) >= (68 if fp4 else 132) / 4 and float(theirs["- barrier"]) > 0
+    copied = float(theirs["wavefronts"].split("(")[1].rstrip(")"))
+    assert copied >= (64 if fp4 else 128) / 128 / 4 and float(theirs["wavefronts"].split()[0]) > copied

@@ -416,3 +416,30 @@ def test_sanitizer_sees_accesses_and_registers():
     launch(shuffle, [a], sanitize=watch)
     assert watch.sources == [7, 7]  # a lane that has left
     assert {"%r1", "%r3", "%p1"} <= watch.reads and "%r3" not in watch.writes and "%r5" in watch.writes
+
+
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3, %r4, %r5, %r6}, [%r1];"
+
+
+@pytest.mark.parametrize(
+    "offset, access, wavefronts",
+    [
+        ("shl.b32 %r2, %r9, 2;", "ld.shared.u32 %r3, [%r1];", 1),
+        ("mov.u32 %r2, 64;", "ld.shared.u32 %r3, [%r1];", 1),  # one word for all
+        ("shl.b32 %r2, %r9, 3;", "ld.shared.u32 %r3, [%r1];", 2),
+        ("shl.b32 %r2, %r9, 7;", "ld.shared.u32 %r3, [%r1];", 32),
+        ("shl.b32 %r2, %r9, 1;", "ld.shared.u16 %h3, [%r1];", 1),
+        ("shl.b32 %r2, %r9, 3;", "ld.shared.v2.u32 {%r3, %r4}, [%r1];", 2),
+        ("shl.b32 %r2, %r9, 4;", "ld.shared.v4.u32 {%r3, %r4, %r5, %r6}, [%r1];", 4),
+        ("shl.b32 %r2, %r9, 4;", LDMATRIX, 4),  # rows side by side
+        ("shl.b32 %r2, %r9, 7;", LDMATRIX, 32),  # rows 128 bytes apart: 8 rows on the same four banks
+        ("shl.b32 %r2, %r9, 7; and.b32 %r3, %r9, 7; shl.b32 %r3, %r3, 4; xor.b32 %r2, %r2, %r3;", LDMATRIX, 4),
+    ],
+)
+def test_wavefronts_of_shared_memory(offset: str, access: str, wavefronts: int) -> None:
+    body = f"""mov.u32 %r1, tile; mov.u32 %r9, %laneid; {offset} add.u32 %r1, %r1, %r2; {access}"""
+    tile = ".shared .align 128 .b8 tile[4096];"
+    for warps in (1, 3):
+        counters = launch(body, [np.zeros(1)], 32 * warps, extra=tile, trace=True)
+        assert counters.wavefronts == {"read": wavefronts * warps}
+    assert not launch(body, [np.zeros(1)], extra=tile).wavefronts

@@ -6,21 +6,23 @@ python tools/sidebyside.py           prints the tables and writes docs/performan
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tools"))
-sys.path.append(str(ROOT / "tests"))
-sys.path.append(str(ROOT / "sm120"))
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "sm120"))
 
 import peer
 from problems import Paged, Ragged
 
 import deep_gemm
 from deep_gemm.sm120.emulator import Buffer, Counters, Module, recording
+from deep_gemm.sm120.emulator.counters import CLASSES
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "performance" / "sidebyside.md"
 PEER_SLOTS = 8  # persistent blocks of the peer's kernels
 
 
@@ -100,3 +102,91 @@ def our_ragged(problem: Ragged, max_seqlen_k: int = 0, trace: bool = False) -> t
     with recording(trace) as launches:
         logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), max_seqlen_k=max_seqlen_k)
     return logits, launches[0]
+
+
+# ---- side by side ---------------------------------------------------------------------------------------------------
+
+HEADS = 64
+KEYS = 2048
+ROWS = {"paged": 4, "ragged": 32}
+
+HEADER = f"""\
+# Ours and the peer's, executed
+
+`python tools/sidebyside.py`, {date.today()}. Both run in the emulator on the same inputs; the logits agree with float64
+to 1e-6.
+
+The peer is the SM120 kernels of sgl-deep-gemm 0.2.3.post2. {HEADS} heads of 128, {PEER_SLOTS} SMs. Paged:
+{ROWS["paged"]} requests of about {KEYS} keys, in pages of 64. Ragged: {ROWS["ragged"]} causal rows to key {KEYS}.
+Everything is counted over the whole launch, prologue and idle turns included, and divided by the pairs of a query token
+and a key that it sees. Instructions are those of warps; one serves 16 or 32 keys.
+
+- Instructions are PTX: moves and addresses that the assembler drops or fuses are among them. What it makes of the loops
+  is in [sass.md](sass.md). A wait counts once, however long it takes. A box that TMA copies is one instruction.
+- Bytes asked for: by lanes or TMA. From L2: distinct sectors of 32 bytes that a block reads, the rest is in L1; TMA
+  does not look there. Bytes written: by lanes, each counted (the peer's quads store a logit four times).
+- Wavefronts: clocks of shared memory, each 128 bytes where no banks conflict; in parentheses what TMA's writes are of
+  them.
+"""
+
+
+def figures(counters: Counters, pairs: int) -> dict[str, str]:
+    """Rows of the table."""
+    read, copied = (
+        sum(counters.wavefronts[kind] for kind in kinds) for kinds in (("read", "write", "atomic"), ("copy",))
+    )
+    values = {"instructions": f"{sum(counters.instructions.values()) / pairs:.2f}"}
+    values |= {f"- {name}": f"{counters.classes[name] / pairs:.3f}" for name in CLASSES}
+    values["bytes asked for"] = f"{sum(counters.bytes_read.values()) / pairs:.1f}"
+    values["- from L2"] = f"{sum(counters.block_bytes.values()) / pairs:.1f}"
+    values["bytes written"] = f"{sum(counters.bytes_written.values()) / pairs:.2f}"
+    values["wavefronts"] = f"{(read + copied) / pairs:.3f} ({copied / pairs:.3f})"
+    return values
+
+
+def compare(problem: Paged | Ragged) -> tuple[dict[str, str], dict[str, str]]:
+    """Ours and theirs, after the logits have been compared."""
+    paged = isinstance(problem, Paged)
+    theirs, their_counters = (their_paged if paged else their_ragged)(problem, trace=True)
+    ours, our_counters = (our_paged if paged else our_ragged)(problem, trace=True)
+    expected = problem.expected()
+    window = expected != -torch.inf
+    want = expected[window]
+    for logits in (ours, theirs):
+        error = (logits[window].double() - want).norm() / want.norm()
+        if not error < 1e-6:
+            raise RuntimeError(f"the logits are off by {error:.2g}")
+    pairs = int(window.sum())
+    return figures(our_counters, pairs), figures(their_counters, pairs)
+
+
+def table(fp4: bool) -> str:
+    lengths = [KEYS - 37 * row for row in range(ROWS["paged"])]
+    rows = ROWS["ragged"]
+    problems = {
+        f"paged, next_n {n}": Paged([[length + i for i in range(n)] for length in lengths], n, HEADS, fp4=fp4)
+        for n in (1, 2, 4)
+    }
+    problems["ragged"] = Ragged([0] * rows, [KEYS - rows + 1 + row for row in range(rows)], KEYS, HEADS, fp4=fp4)
+    columns = {}
+    for label, problem in problems.items():
+        columns[f"{label}: ours"], columns["theirs" + " " * len(columns)] = compare(problem)
+    lines = ["| per key and query token | " + " | ".join(name.strip() for name in columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for name in next(iter(columns.values())):
+        lines.append(f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    deep_gemm.set_num_sms(PEER_SLOTS)
+    parts = [HEADER]
+    for fp4 in (False, True):
+        parts.append(f"## {'FP4' if fp4 else 'FP8'}\n\n{table(fp4)}\n")
+    text = "\n".join(parts)
+    print(text)
+    DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,9 +52,12 @@ class Counters:
     blocks         blocks run
 
     With ``trace=True``, else empty:
-    block_bytes    bytes of distinct 32-byte sectors read, by buffer: each block counts a sector once
+    block_bytes    bytes of distinct 32-byte sectors read, by buffer: each block counts a sector once (what L1 has read
+                   it does not ask for again), TMA at each copy
     warp_bytes     the same where each warp request counts its sectors once (what L1 has to serve)
     requests       warp requests that read global memory, by buffer
+    wavefronts     clocks of shared memory, by kind (read, write, atomic, copy: by TMA): it serves 32 banks of 4 bytes
+                   at a time, to lanes together that ask for at most 128 bytes; words that share a bank take turns
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -64,6 +67,7 @@ class Counters:
     block_bytes: Counter[str] = field(default_factory=Counter)
     warp_bytes: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
+    wavefronts: Counter[str] = field(default_factory=Counter)
     blocks: int = 0
 
     @property

@@ -89,9 +89,9 @@ class Part(NamedTuple):
 class Access(NamedTuple):
     """What observers (traces, sanitizers) are told, after the checks and before the bytes move.
 
-    ``kind`` read, write, atomic, or copy: a write that runs beside its thread (TMA); ``space`` global, shared or
-    local; ``addresses`` [count] in that space, or a scalar for one address of all lanes; ``nbytes`` per lane.  In bulk
-    copies a lane is there as often as it has words to move.
+    ``kind`` read, write or atomic; fetch or copy: a read or write that runs beside its thread (TMA).  ``space`` global,
+    shared or local; ``addresses`` [count] in that space, or a scalar for one address of all lanes; ``nbytes`` per lane.
+    In bulk copies a lane is there as often as it has words to move.
     """
 
     kind: str
@@ -239,11 +239,11 @@ class Scratch:
 # --- what instructions do with the answer ----------------------------------------------------------------------------
 
 
-def load(wave, space, lanes: Lanes, addresses: np.ndarray, size: int, count: int = 1) -> list[np.ndarray]:
-    """``count`` words of ``size`` bytes from each lane's address: ``count`` arrays."""
+def load(wave, space, lanes: Lanes, addresses: np.ndarray, size: int, count: int = 1, kind="read") -> list[np.ndarray]:
+    """``count`` words of ``size`` bytes from each lane's address: ``count`` arrays.  ``kind``: see Access."""
     nbytes = size * count
     parts = space.locate(lanes, addresses, nbytes, "read")
-    wave.observe("read", space.name, lanes, addresses, nbytes, parts)
+    wave.observe(kind, space.name, lanes, addresses, nbytes, parts)
     if parts[0].which is None:
         words = parts[0].region.view(size, count)[parts[0].offsets // nbytes]
     else:
@@ -255,7 +255,7 @@ def load(wave, space, lanes: Lanes, addresses: np.ndarray, size: int, count: int
 
 def store(wave, space, lanes: Lanes, addresses: np.ndarray, values: list[np.ndarray], kind: str = "write") -> None:
     """``values``: one array (or scalar) of words per element of the vector.  The last lane wins a conflict.
-    ``kind``: what observers are told, see Access."""
+    ``kind``: see Access."""
     size, count = values[0].dtype.itemsize, len(values)
     nbytes = size * count
     parts = space.locate(lanes, addresses, nbytes, "write")
@@ -305,16 +305,20 @@ def atomic(wave, space, lanes: Lanes, addresses: np.ndarray, size: int, update, 
 
 
 class Traffic:
-    """The observer behind ``trace=True``: distinct sectors of global memory read, by block and by warp request."""
+    """The observer behind ``trace=True``: distinct sectors of global memory read, by block and by warp request, and
+    wavefronts of shared memory."""
 
     SECTOR = 32
+    BANKS, WORD = 32, 4
 
     def __init__(self, counters):
         self.counters = counters
         self.touched: dict[str, np.ndarray] = {}  # buffer -> [blocks of the wave, sectors] bool
 
     def access(self, wave, access: Access) -> None:
-        if access.space != "global" or access.kind == "write":
+        if access.space == "shared":
+            self.counters.wavefronts[access.kind] += self._wavefronts(access)
+        if access.space != "global" or access.kind in ("write", "copy"):
             return
         numbers = access.lanes.numbers
         for region, offsets, which in access.parts:
@@ -327,10 +331,29 @@ class Traffic:
             touched = self.touched.get(region.name)
             if touched is None:
                 touched = self.touched[region.name] = np.zeros((wave.blocks, sectors), bool)
-            touched[wave.block_of[lane], sector] = True
+            if access.kind == "fetch":  # past L1: what is fetched twice comes from L2 twice
+                self.counters.block_bytes[region.name] += self.SECTOR * len(np.unique(sector))
+            else:
+                touched[wave.block_of[lane], sector] = True
             warp = lane // 32
             self.counters.requests[region.name] += len(np.unique(warp))
             self.counters.warp_bytes[region.name] += self.SECTOR * len(np.unique(warp * sectors + sector))
+
+    def _wavefronts(self, access: Access) -> int:
+        """Lanes are served together that ask for at most 128 bytes between them; of each bank one word at a time."""
+        lanes, nbytes = access.lanes.numbers, access.nbytes
+        together = min(32, self.BANKS * self.WORD // nbytes)
+        if access.kind == "copy":  # one lane's words, in their order
+            group = np.arange(len(lanes)) // together
+        else:
+            group = lanes // together
+        starts = np.broadcast_to(access.addresses, len(lanes)).astype(np.int64) // self.WORD
+        words = starts[:, None] + np.arange(max(1, nbytes // self.WORD))
+        distinct = np.unique(np.stack([np.repeat(group, words.shape[1]), words.reshape(-1)]), axis=1)
+        banks, turns = np.unique(np.stack([distinct[0], distinct[1] % self.BANKS]), axis=1, return_counts=True)
+        longest = np.zeros(banks[0].max() + 1, np.int64)
+        np.maximum.at(longest, banks[0], turns)
+        return int(longest.sum())
 
     def finish(self) -> None:
         """The wave is done."""

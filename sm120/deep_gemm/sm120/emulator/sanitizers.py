@@ -84,7 +84,7 @@ class Sanitizers:
         if written is None:
             written = all_written[region.name] = np.zeros(len(region.raw), bool)
         touched = starts[:, None] + np.arange(access.nbytes)
-        if access.kind in ("read", "atomic"):
+        if access.kind in ("read", "atomic", "fetch"):
             missing = ~written[touched].all(axis=1)
             if missing.any():
                 where = f"'{region.name}'" if access.space == "global" else f"{access.space} memory"
@@ -92,7 +92,7 @@ class Sanitizers:
                     f"{access.kind} of {access.nbytes} bytes of {where} that were never written",
                     int(lanes[np.argmax(missing)]),
                 )
-        if access.kind != "read":
+        if access.kind not in ("read", "fetch"):
             written[touched] = True
 
     # --- barriers ---
@@ -168,7 +168,7 @@ class Races:
 
     def access(self, wave, kept: _Wave, access: Access, lanes: np.ndarray, starts: np.ndarray) -> None:
         """Check lanes' accesses against the earlier ones, and remember them."""
-        copy = access.kind == "copy"
+        copy = access.kind in ("copy", "fetch")
         if copy:
             kept.start_copies(lanes)
         block = lanes // kept.lanes_per_block
@@ -183,7 +183,7 @@ class Races:
 
     def _one_round(self, wave, kept: _Wave, access: Access, byte, lanes, who, block) -> None:
         warp = who % kept.warps
-        reads, atomic = access.kind == "read", access.kind == "atomic"
+        reads, atomic = access.kind in ("read", "fetch"), access.kind == "atomic"
         for slot in (0,) if reads else (0, 1, 2):
             earlier = self.who[slot, byte]
             near = earlier // kept.warps == wave.first_block + block

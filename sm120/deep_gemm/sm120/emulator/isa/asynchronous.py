@@ -262,7 +262,7 @@ def repeated(wave, lane: int, count: int) -> Lanes:
 def fetch(wave, lane: int, addresses: np.ndarray, unit: int) -> np.ndarray:
     """[addresses, unit] uint8 of global memory."""
     size, count = min(unit, 8), max(unit // 8, 1)
-    words = memory.load(wave, wave.memory, repeated(wave, lane, len(addresses)), addresses, size, count)
+    words = memory.load(wave, wave.memory, repeated(wave, lane, len(addresses)), addresses, size, count, "fetch")
     return np.stack(words, axis=1).view(np.uint8)
 
 
