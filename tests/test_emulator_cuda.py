@@ -1,6 +1,5 @@
 """CUDA C++ compiled by NVRTC, run in the emulator, for each architecture that we build for."""
 
-
 import numpy as np
 import pytest
 from emulator_harness import HEADER, RNG
