@@ -1,5 +1,6 @@
 # make demo     one decode step of DeepSeek-V4, on the GPU or, without one, in the emulator (ARGS="--save plan.png")
 # make test     the tests (ARGS="-k metadata")
+# make fuzz     500 random problems for each function, under the sanitizers
 # make wheel    the wheel, into dist/
 # make lint     the style check
 # make test-clients  SGLang's own classes on our wheel, in an environment of their own (Python 3.11 or later)
@@ -16,7 +17,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test wheel lint test-clients test-vllm test-upstream test-wheel clean
+.PHONY: demo test fuzz wheel lint test-clients test-vllm test-upstream test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -24,6 +25,9 @@ demo: $(VENV)/.$(KIND)
 
 test: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.$(KIND)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py $(ARGS)
 
 wheel: dist/.$(KIND)
 	@ls dist/*.whl

@@ -14,6 +14,9 @@ DEVICES = os.environ.get("DG_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_availabl
 
 # A compilation may fall into any example.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, max_examples=500, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True
+)
 hypothesis.settings.load_profile("default")
 
 if importlib.util.find_spec("deep_gemm") is None:

@@ -1,0 +1,22 @@
+"""The list of mutations is up to date with the kernels."""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import mutate
+
+
+def test_every_mutation_finds_its_place() -> None:
+    assert mutate.misplaced() == []
+    assert len(mutate.ALL) >= 50 and len(set(mutate.ALL)) == len(mutate.ALL)
+
+
+def test_a_mutation_changes_one_thing() -> None:
+    for mutation in mutate.ALL:
+        assert len(re.findall("«.*? → .*?»", mutation.text, re.S)) == 1, mutation
+        assert mutation.applied(False) != mutation.applied(True)
+    assert mutate.Mutation("", "a «+ → -» b").applied(False) == "a + b"
+    assert mutate.Mutation("", "a «+ → -» b").applied(True) == "a - b"
