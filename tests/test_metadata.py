@@ -51,6 +51,14 @@ def test_a_row_is_as_long_as_its_longest_token(device: str) -> None:
     plan(torch.randint(0, 9000, (40, 5), dtype=torch.int32, device=device), 48)
 
 
+def test_rows_of_several_sequences(device: str) -> None:
+    """Rows are planned one by one, whichever sequence they belong to."""
+    lengths = torch.randint(0, 900, (50,), dtype=torch.int32, device=device)
+    indices = torch.arange(50, dtype=torch.int32, device=device) // 7
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths.view(-1, 1), 64, 48, indices)
+    assert torch.equal(schedule.cpu(), reference.schedule(lengths.cpu(), 48))
+
+
 @given(lengths=st.lists(st.integers(0, 2000), max_size=40), slots=st.integers(1, 300))
 def test_any_lengths(lengths: list[int], slots: int, device: str) -> None:
     plan(torch.tensor(lengths, dtype=torch.int32, device=device).view(-1, 1), slots)
