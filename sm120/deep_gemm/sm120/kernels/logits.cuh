@@ -6,13 +6,14 @@
 //         `rows_per_group` neighbouring rows. Its warps share out the tokens first, then the keys, without ever meeting: a
 //         key leaves L2 once and is found in L1 by the warps of the other tokens.
 // Warp    one token, whose whole query stays in registers as A fragments (16 heads a tile), with its weights. Keys stream
-//         past in tiles of 16, from global memory straight into B fragments: the loads of the next tile and the page of the
-//         one after it are in flight while this one multiplies. No shared memory, no barrier.
-// Lane    (g = lane / 4, t = lane % 4) holds heads g and g + 8 of each head tile and a quarter of keys g and g + 8. Scores
-//         come out as [head g, g + 8][key 2t, 2t + 1]; relu and weights are applied on them, the eight quads are summed with
-//         four shuffles, and lanes 0..15 store one logit each.
-// Bound   64 heads of 128: 32 FP8 or 16 FP4 mma for 16 keys and one token, 512 or 256 clocks of a tensor pipe, against 2112
-//         or 1088 bytes. One token a request is bound by DRAM; more tokens, or rows that share keys, by the tensor pipe.
+//         past in tiles of 32, from global memory straight into B fragments: while one half of a tile is multiplied, the same
+//         half of the next tile is on its way, and the page of the tile after it. No shared memory, no barrier.
+// Lane    (g = lane / 4, t = lane % 4) holds heads g and g + 8 of each head tile and a quarter of keys g, g + 8, g + 16 and
+//         g + 24. Scores come out as [head g, g + 8][key 2t, 2t + 1]; relu and weights are applied on them, the eight quads
+//         are summed with seven shuffles, and every lane stores one logit.
+// Bound   64 heads of 128: 64 FP8 or 32 FP4 mma for 32 keys and one token, 1024 or 512 clocks of a tensor pipe, against 4224
+//         or 2176 bytes. One token a request is bound by DRAM; more tokens, or rows that share keys, by the tensor pipe.
+//         Registers are what is scarce: 64 heads of FP8 leave room for 12 warps of 168, and the compiler fills them all.
 #pragma once
 
 #include "formats.cuh"
@@ -44,6 +45,7 @@ constexpr int kTilesPerSplit = 256 / kTile;   // the schedule counts in splits
 constexpr uint32 kAllLanes = 0xffffffff;
 constexpr int kNever = 0x7fffffff;
 
+// kPage is the number of keys of a page, 0 for ragged keys; kTurns: a request may have more tokens than a block has warps.
 template <class Format, int kHeads, int kPage, class Weight, class Logit, int kWarps, bool kTurns>
 struct Indexer {
     static constexpr bool kPaged = kPage > 0;
@@ -60,8 +62,9 @@ struct Indexer {
         __device__ void load(const Params& p, int token) {
             const Lane lane;
             const uint32 first_head = token * kHeads;
-            const uint32 zero = p.windows.rows >> 31;   // unknown to the compiler: it would keep the vectors as they were loaded
-                                                // and copy four words before every mma (4 of 9 instructions, 24 Nov 2026)
+            // Unknown to the compiler, which would keep the vectors as they were loaded and copy four words before every
+            // mma: 4 of 9 instructions of the loop (24 Nov 2026).
+            const uint32 zero = p.windows.rows >> 31;
             #pragma unroll
             for (int m = 0; m < kHeadTiles; ++m) {
                 uint32 rows[2][Format::kWords];
