@@ -11,6 +11,7 @@
 //   lane_offset    where in a row the words of a lane begin
 //   load           the lane's words of a row, given the address of the first
 //   multiply       one step, all heads: scores[tile] += query[tile][step] * key
+//   kScaleFirst    whether multiply needs the scale of a key, or finish does
 //   scale_key      which of 32 keys this lane loads the scale of
 //   finish         from the sum over heads to the logit
 #pragma once
@@ -28,7 +29,7 @@ template <int Dim, bool BlockScaled, int VectorBytes>
 struct Fp8 {
     static constexpr int kRowBytes = Dim;
     static constexpr int kLoaded = Dim / 16, kWords = kLoaded, kSteps = kWords / 2;
-    static constexpr bool kQueryScales = false;
+    static constexpr bool kScaleFirst = false;
 
     // The largest loads that the alignment allows. A quad reads its row in pieces of 4 lanes x vector.
     static constexpr int kVector = VectorBytes / 4 < kLoaded ? VectorBytes / 4 : kLoaded;
@@ -69,7 +70,7 @@ template <int Dim>
 struct Fp4 {
     static constexpr int kRowBytes = Dim / 2;
     static constexpr int kLoaded = Dim / 32, kWords = kLoaded, kSteps = kWords / 2;
-    static constexpr bool kQueryScales = true;
+    static constexpr bool kScaleFirst = true;
 
     __device__ static uint32 lane_offset(const Lane& lane) { return 4 * lane.t; }
     __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
@@ -117,7 +118,7 @@ template <int Dim>
 struct Fp4Widened {
     static constexpr int kRowBytes = Dim / 2;
     static constexpr int kLoaded = Dim / 32, kWords = 2 * kLoaded, kSteps = kLoaded;
-    static constexpr bool kQueryScales = true;
+    static constexpr bool kScaleFirst = true;
 
     __device__ static uint32 lane_offset(const Lane& lane) { return Fp4<Dim>::lane_offset(lane); }
     __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) { Fp4<Dim>::load(words, address); }

@@ -221,18 +221,21 @@ struct Indexer {
               first_logit(reinterpret_cast<Logit*>(p.logits) + token * p.logits_stride
                           + (kPaged || p.columns ? 0 : window.begin)) {}
 
-        // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied.
+        // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied, and so does
+        // their scale: FP4's mma takes it, so the next one waits beside it; FP8 needs it in the end only.
         template <Next kNext>
         __device__ void turn(int tile) {
             const int next = tile + step;
-            keys.scale = keys.next_scale;
+            constexpr bool kFetch = kNext != Next::kNone, kScaleFirst = Format::kScaleFirst;
+            if constexpr (kScaleFirst) keys.scale = keys.next_scale;
             const float lower = score_half<0>(query, keys, lane);
-            if constexpr (kNext != Next::kNone) keys.template fetch<0, kNext>(p, next, last_key, lane);
-            if constexpr (kNext != Next::kNone) keys.template fetch_scale<kNext>(p, next, last_key, lane);
+            if constexpr (kFetch) keys.template fetch<0, kNext>(p, next, last_key, lane);
+            if constexpr (kFetch && kScaleFirst) keys.template fetch_scale<kNext>(p, next, last_key, lane);
             const float upper = score_half<1>(query, keys, lane);
-            if constexpr (kNext != Next::kNone) keys.template fetch<1, kNext>(p, next, last_key, lane);
+            if constexpr (kFetch) keys.template fetch<1, kNext>(p, next, last_key, lane);
+            const float logit = Format::finish(exchange<2>(lower, upper, lane), keys.next_scale);
+            if constexpr (kFetch && !kScaleFirst) keys.template fetch_scale<kNext>(p, next, last_key, lane);
             if constexpr (kNext == Next::kWhole) keys.locate(p, table, next + step, last_key);
-            const float logit = Format::finish(exchange<2>(lower, upper, lane), keys.scale);
             const uint32 n = tile * kTile + stored;        // keys before the window wrap around
             if (n <= last_stored) first_logit[n] = Logit(logit);
         }
@@ -246,7 +249,7 @@ struct Indexer {
             keys.template fetch_scale<Next::kCut>(p, tile, last_key, lane);
             if (tile + step < to) {
                 keys.locate(p, table, tile + step, last_key);
-                for (; tile + 2 * step < to; tile += step) turn<Next::kWhole>(tile);
+                for (const int cut = to - 2 * step; tile < cut; tile += step) turn<Next::kWhole>(tile);
                 turn<Next::kCut>(tile);
                 tile += step;
             }
@@ -377,12 +380,7 @@ struct Indexer {
             const Window mine = windows_of(p, first_token, count, lane);
             const bool some = kTurns ? p.windows.longest(row) > 0 : __any_sync(kAllLanes, mine.end > 0);
             if (some) {
-                int from = 0, to = 0;
-                #pragma unroll 1              // one copy of the code: what does not fit the instruction cache costs more
-                for (int i = 0; i < 2; ++i) {
-                    from = to;
-                    to = boundary(p, i ? end : begin, first_row, rows, lane);
-                }
+                const int from = boundary(p, begin, first_row, rows, lane), to = boundary(p, end, first_row, rows, lane);
                 tile = score_group(p, first_token, count, mine, max(tile, from), to, guess, lane);
                 if (tile != kNever) continue;
                 row += p.rows_per_group - row % p.rows_per_group;
