@@ -1,7 +1,7 @@
 """Would the tests notice?  Flips one small thing at a time in a copy of the kernels and runs a quick part of the tests.
 
     python tools/mutate.py                all mutations; prints each one's fate, and the survivors at the end
-    python tools/mutate.py --only 3 17    these
+    python tools/mutate.py --only 3 17    these; --from 20: these and all after
     python tools/mutate.py --check        only: does each still find its place?
 
 A mutation is caught if a test fails, the compiler refuses it, or nothing comes back in time (a loop without an end).
@@ -25,37 +25,49 @@ PACKAGE = ROOT / "sm120" / "deep_gemm"
 KERNELS = Path("sm120", "kernels")
 PATIENCE = 240  # seconds
 
-# The likeliest to notice first: the run ends with the first failure.
-TESTS = [
-    "tests/test_metadata.py::test_any_batch_size",
-    "tests/test_metadata.py::test_zeros_between",
-    "tests/test_metadata.py::test_no_keys_at_all",
-    "tests/test_metadata.py::test_a_row_is_as_long_as_its_longest_token",
-    "tests/test_paged.py::test_heads",
-    "tests/test_paged.py::test_dims",
-    "tests/test_paged.py::test_page_sizes",
-    "tests/test_paged.py::test_next_n",
-    "tests/test_paged.py::test_empty_rows",
-    "tests/test_paged.py::test_padded_cache",
-    "tests/test_paged.py::test_dtypes",
-    "tests/test_paged.py::test_weights_with_a_row_stride",
-    "tests/test_paged.py::test_clean_logits",
-    "tests/test_paged.py::TestSchedules",
-    "tests/test_paged.py::TestForeignBytes",
-    "tests/test_paged.py::test_a_length_past_the_maximum_stays_inside_the_row",
-    "tests/test_ragged.py::test_causal",
-    "tests/test_ragged.py::test_compressed",
-    "tests/test_ragged.py::test_full",
-    "tests/test_ragged.py::test_no_padding_is_asked_for",
-    "tests/test_ragged.py::test_every_row_empty",
-    "tests/test_ragged.py::test_bounds_past_the_keys_are_cut",
-    "tests/test_ragged.py::test_nan_outside_the_window",
-    "tests/test_architectures.py",
-    "tests/test_sharing.py",
-    "tests/test_fuzz.py",
-    "tests/test_sanitizers.py",
+PAGED = [
+    "test_paged.py::test_dims",
+    "test_paged.py::test_heads",
+    "test_paged.py::test_page_sizes",
+    "test_paged.py::test_next_n",
+    "test_paged.py::test_dtypes",
+    "test_paged.py::test_padded_cache",
+    "test_paged.py::test_weights_with_a_row_stride",
+    "test_paged.py::test_a_length_past_the_maximum_stays_inside_the_row",
+    "test_paged.py::TestForeignBytes",
+    "test_paged.py::TestSchedules::test_poor_balance",
+    "test_paged.py::TestSchedules::test_slots",
+    "test_paged.py::TestSchedules::test_many_rows_of_one_sequence",
+    "test_paged.py::TestSchedules::test_many_rows_of_all_lengths",
+    "test_paged.py::test_empty_rows",
 ]
-
+RAGGED = [
+    "test_ragged.py::test_compressed",
+    "test_ragged.py::test_full",
+    "test_ragged.py::test_dims",
+    "test_ragged.py::test_no_padding_is_asked_for",
+    "test_ragged.py::test_bounds_past_the_keys_are_cut",
+    "test_ragged.py::test_nan_outside_the_window",
+]
+CLEAN = ["test_paged.py::test_clean_logits", "test_ragged.py::test_compressed", "test_ragged.py::test_full"]
+ARCHITECTURES = [
+    "test_architectures.py::test_other_cards[fp4-24-64-sm_89]",
+    "test_architectures.py::test_scales_at_the_ends_of_their_range",
+]
+# For each file the tests that concern it, the likeliest to notice first: a run ends at the first failure.
+TESTS = {
+    "metadata.cuh": ["test_metadata.py"],
+    "window.cuh": [
+        "test_metadata.py::test_a_row_is_as_long_as_its_longest_token",
+        *PAGED[3:8],
+        *RAGGED,
+        "test_fuzz.py::test_any_ragged",
+    ],
+    "clean.cuh": CLEAN,
+    "formats.cuh": [*PAGED[:3], *ARCHITECTURES],
+    "ptx.cuh": [*PAGED[:5], "test_paged.py::TestForeignBytes", *ARCHITECTURES],
+    "logits.cuh": [*PAGED, *RAGGED, "test_sharing.py::test_tokens_of_a_request", "test_fuzz.py"],
+}
 
 # «what stands there → what comes in its place»; the line around it says where: it is found once in the file.
 MUTATIONS = {
@@ -121,7 +133,7 @@ MUTATIONS = {
         "if (n <= last_stored« → + 1»)",
         "last_stored(kPaged ? last_key : window.end -« window.begin - → » 1)",
         "+ (kPaged« || p.columns → » ? 0 : window.begin)",
-        "for (; tile + «2 → 3» * step < to; tile += step)",
+        "for (const int cut = to - «2 → 1» * step; tile < cut; tile += step)",
         "if (guess.tile «!= tile → < 0») keys.locate",
         "min(window.end, «window.begin + p.columns → p.columns»)",
         "«(mine.end - 1) → mine.end» / kTile + 1;\n        const bool active",
@@ -177,7 +189,8 @@ def survives(mutation: Mutation | None, tests: list[str]) -> tuple[bool, str]:
             "DG_TEST_DEVICES": "cpu",
             "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(folder, "examples")),
         }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not peer", *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/{test}" for test in tests]
         try:
             run = subprocess.run(
                 command,
@@ -198,20 +211,21 @@ def survives(mutation: Mutation | None, tests: list[str]) -> tuple[bool, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, nargs="+", help="numbers of mutations")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first mutation")
     parser.add_argument("--check", action="store_true", help="only see that every mutation finds its place")
     arguments = parser.parse_args()
     lost = misplaced()
     print("\n".join(lost) or f"{len(ALL)} mutations find their place")
     if lost or arguments.check:
         return bool(lost)
-    passed, by = survives(None, TESTS)
+    passed, by = survives(None, list(dict.fromkeys(test for tests in TESTS.values() for test in tests)))
     if not passed:
         print(f"the tests fail on the kernels as they are: {by}")
         return 1
     left = []
-    for number in arguments.only or range(len(ALL)):
+    for number in arguments.only or range(arguments.first, len(ALL)):
         mutation, start = ALL[number], time.monotonic()
-        survived, by = survives(mutation, TESTS)
+        survived, by = survives(mutation, TESTS[mutation.file])
         left += [mutation] * survived
         fate = f"SURVIVES {EXPLAINED.get(mutation.text, '')}" if survived else f"caught by {by}"
         print(f"{number:2} {mutation.file}: {mutation.text}  {fate} ({time.monotonic() - start:.0f} s)", flush=True)
