@@ -338,3 +338,17 @@ def test_tensor_maps():
     assert (keys.dims, keys.strides, keys.box, keys.swizzle) == ((128, 64, 7), (1, 128, 8448), (128, 64, 1), 128)
     assert (scales.dims, scales.strides, scales.box) == ((64, 7), (4, 8448), (64, 1))
     assert scales.address - keys.address == 64 * 128
+
+
+def test_a_guarded_load_stands_for_a_wrong_guess() -> None:
+    def load(address: int, register: str, guard: str, waits: tuple[int, ...], writes: int) -> sass.Instruction:
+        return sass.Instruction(
+            address, guard, "LDG.E.CONSTANT", f"{register}, desc[UR6][R2.64]", 1, writes, None, waits, None
+        )
+
+    schedule, guess = load(0, "R4", "", (), 0), load(16, "R8", "!P0", (0,), 1)
+    page, key = load(32, "R8", "P1", (1,), 2), load(48, "R12", "", (1, 2), 3)
+    use = sass.Instruction(64, "", "FADD", "R1, R12, R12", 1, None, None, (3,), None)
+    assert sass.awaited_loads([schedule, guess, page, key, use]) == [schedule, guess, key]
+    elsewhere = load(32, "R9", "P1", (1,), 2)
+    assert sass.awaited_loads([schedule, guess, elsewhere, key, use]) == [schedule, guess, elsewhere, key]

@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -192,18 +192,26 @@ class Function:
         inner = [a for a in loops if not any(b.addresses < a.addresses for b in loops)]
         return max(inner, key=lambda loop: loop.macs, default=None)
 
-    def first_mma(self) -> list[Instruction]:
-        """The shortest way from the entry to the first MMA, which is its last instruction."""
-        queue, seen = [(0, self.instructions[0].address, ())], set()
+    def first_mma(self, through: int | None = None) -> list[Instruction]:
+        """The shortest way from the entry, through the block at address `through` if one is given, to the first MMA,
+        which is its last instruction. Empty if there is none."""
+        entry = self.instructions[0].address
+        start = [entry] if through is None else self._way(entry, lambda block: block == through)
+        rest = self._way(start[-1], lambda block: any(i.macs for i in self.blocks[block])) if start else []
+        path = [i for block in [*start, *rest[1:]] for i in self.blocks[block]]
+        return path[: next(n for n, i in enumerate(path) if i.macs) + 1] if rest else []
+
+    def _way(self, start: int, goal: Callable[[int], bool]) -> list[int]:
+        """Blocks on the way of fewest instructions from `start` to one that is the goal; empty if there is none."""
+        queue, seen = [(0, start, ())], set()
         while queue:
             length, block, way = heapq.heappop(queue)
             if block in seen:
                 continue
             seen.add(block)
             way = (*way, block)
-            if any(i.macs for i in self.blocks[block]):
-                path = [i for b in way for i in self.blocks[b]]
-                return path[: next(n for n, i in enumerate(path) if i.macs) + 1]
+            if goal(block):
+                return list(way)
             for after in self.successors[block]:
                 heapq.heappush(queue, (length + len(self.blocks[block]), after, way))
         return []
@@ -286,8 +294,12 @@ def turn_latency(turn: tuple[Instruction, ...], latency: dict[str, int]) -> tupl
 
 def awaited_loads(path: Iterable[Instruction]) -> list[Instruction]:
     """Loads from global memory that a warp waits for one after the other: the first whose arrival a later instruction
-    of the path waits for, the first issued after that and waited for, and so on. Their number is the round trips."""
+    of the path waits for, the first issued after that and waited for, and so on. Their number is the round trips.
+
+    A guarded load into a register that an earlier load of the path has filled is for the case that the earlier one was
+    of no use (a wrong guess): on this way it is not executed."""
     chain: list[Instruction] = []
+    filled: set[str] = set()
     pending: dict[int, tuple[int, Instruction]] = {}  # barrier -> round trips before its first load, the load
     for instruction in path:
         for barrier in instruction.waits:
@@ -295,6 +307,10 @@ def awaited_loads(path: Iterable[Instruction]) -> list[Instruction]:
             if before == len(chain):
                 chain.append(load)
         if instruction.name == "LDG" and instruction.writes is not None:
+            register = instruction.operands.split(",")[0]
+            if instruction.guard and register in filled:
+                continue
+            filled.add(register)
             # The barrier is free when its last load is there: a later load behind the same barrier counts.
             pending[instruction.writes] = len(chain), instruction
     return chain

@@ -249,6 +249,7 @@ struct Indexer {
             keys.template fetch_scale<Next::kCut>(p, tile, last_key, lane);
             if (tile + step < to) {
                 keys.locate(p, table, tile + step, last_key);
+                #pragma unroll (kHeadTiles > 1 ? 1 : 2)       // with few heads it pays not to move what a turn hands on
                 for (const int cut = to - 2 * step; tile < cut; tile += step) turn<Next::kWhole>(tile);
                 turn<Next::kCut>(tile);
                 tile += step;
