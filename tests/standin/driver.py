@@ -114,7 +114,7 @@ class Standin:
         from deep_gemm.sm120 import attention
         from deep_gemm.sm120.jit import runtime
 
-        attention.architecture_of = lambda device: device.type and runtime._architecture_of_gpu(device.index or 0)
+        attention.architecture_of = lambda device: runtime._is_cpu(device) and runtime._architecture_of_gpu(0)
         self.library.standin_on_launch(None)
         runtime._emulate = lambda kernel, grid, parameters, *_: runtime._launch_on_gpu(
             kernel, 0, self.stream, grid, parameters

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks
-from .checks import refuse
+from .checks import Open, refuse
 from .jit import architecture_of
 from .kernels import clean, logits, metadata
 from .kernels.windows import windows_of_bounds, windows_of_lengths
@@ -30,12 +30,14 @@ from .settings import sms_to_use
 
 _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _E4M3, _PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
+_BATCH, _NEXT_N, _ROWS, _HEADS = Open("batch"), Open("next_n"), Open("seq_len"), Open("heads")
 _QUERY = {  # (dimensions, fp4) -> shape
-    (4, False): ("batch", "next_n", "heads", "dim"),
-    (4, True): ("batch", "next_n", "heads", "dim / 2"),
-    (3, False): ("seq_len", "heads", "dim"),
-    (3, True): ("seq_len", "heads", "dim / 2"),
+    (4, False): (_BATCH, _NEXT_N, _HEADS, Open("dim")),
+    (4, True): (_BATCH, _NEXT_N, _HEADS, Open("dim / 2")),
+    (3, False): (_ROWS, _HEADS, Open("dim")),
+    (3, True): (_ROWS, _HEADS, Open("dim / 2")),
 }
+_PAGES, _BLOCK_KV, _COLUMNS, _SLOTS, _KEYS = map(Open, ("pages", "block_kv", "columns", "num_sms + 1", "seq_len_kv"))
 DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
 _LARGEST_PAGE = 2**16
@@ -250,6 +252,8 @@ class Query(NamedTuple):
 
     values: torch.Tensor
     scales: torch.Tensor | None
+    device: torch.device
+    shape: torch.Size  # of the values
     heads: int
     dim: int
 
@@ -261,26 +265,27 @@ def _query(q: Any, dimensions: int) -> tuple[bool, Query]:
         refuse("q", q, "a tensor, (tensor, None) or (tensor, scales)")
     if not (values.is_cpu or values.is_cuda):
         refuse("q", values, "a tensor on the CPU or a CUDA device")
-    shape = checks.tensor("q", values, _PACKED_E2M1 if fp4 else _E4M3, _QUERY[dimensions, fp4], values.device).shape
-    checks.contiguous("q", values)
+    device = values.device
+    checks.contiguous("q", checks.tensor("q", values, _PACKED_E2M1 if fp4 else _E4M3, _QUERY[dimensions, fp4], device))
+    shape = values.shape
     heads, dim = shape[-2], shape[-1] * 2 if fp4 else shape[-1]
     if heads % 8 or not 8 <= heads <= 64:
         refuse("q", values, "8, 16, ... 64 heads")
     if dim not in DIMS[fp4]:
         refuse("q", values, f"a head dim among {DIMS[fp4]} in {'FP4' if fp4 else 'FP8'}")
     if fp4:
-        checks.contiguous("q scales", checks.tensor("q scales", scales, _INT32, shape[:-1], values.device))
-    return fp4, Query(values, scales, heads, dim)
+        checks.contiguous("q scales", checks.tensor("q scales", scales, _INT32, shape[:-1], device))
+    return fp4, Query(values, scales, device, shape, heads, dim)
 
 
 def _weights(weights: Any, rows: int, query: Query) -> torch.Tensor:
-    checks.tensor("weights", weights, _REAL, (rows, query.heads), query.values.device)
+    checks.tensor("weights", weights, _REAL, (rows, query.heads), query.device)
     if weights.stride()[1] != 1:
         refuse("weights", weights, "stride 1 in the last dimension")
     return weights
 
 
-def _lengths(context_lens: Any, device: Any, batch: int | str = "batch", next_n: int | str = "next_n") -> None:
+def _lengths(context_lens: Any, device: Any, batch: int | Open = _BATCH, next_n: int | Open = _NEXT_N) -> None:
     one_dimensional = isinstance(context_lens, torch.Tensor) and context_lens.dim() == 1
     checks.tensor("context_lens", context_lens, _INT32, (batch,) if one_dimensional else (batch, next_n), device)
     checks.contiguous("context_lens", context_lens)
@@ -314,11 +319,9 @@ def _paged(
     fp4: bool, query: Query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
     clean_logits, logits_dtype, indices, out,
 ) -> torch.Tensor:  # fmt: skip
-    values, scales, heads, dim = query
-    device = values.device
-    batch, next_n, _, row_bytes = values.shape
+    values, scales, device, (batch, next_n, _, row_bytes), heads, dim = query
 
-    checks.tensor("kv_cache", kv_cache, (torch.uint8,), ("pages", "block_kv", 1, row_bytes + 4), device)
+    checks.tensor("kv_cache", kv_cache, (torch.uint8,), (_PAGES, _BLOCK_KV, 1, row_bytes + 4), device)
     pages, page, _, _ = kv_cache.shape
     if page % 16 or not 16 <= page <= _LARGEST_PAGE:
         refuse("kv_cache", kv_cache, f"pages of a multiple of 16 keys, up to {_LARGEST_PAGE}")
@@ -331,11 +334,11 @@ def _paged(
         refuse("kv_cache", kv_cache, f"whole pages, a multiple of 4 bytes and at least {page_bytes} apart")
     _weights(weights, batch * next_n, query)
     _lengths(context_lens, device, batch, next_n)
-    checks.tensor("block_table", block_table, _INT32, (batch, "columns"), device)
+    checks.tensor("block_table", block_table, _INT32, (batch, _COLUMNS), device)
     table_stride, entry_stride = block_table.stride()
     if entry_stride != 1 and block_table.shape[1] > 1 or batch * table_stride >= 2**31:
         refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
-    checks.tensor("schedule_meta", schedule_meta, _INT32, ("num_sms + 1", 2), device)
+    checks.tensor("schedule_meta", schedule_meta, _INT32, (_SLOTS, 2), device)
     slots = schedule_meta.shape[0] - 1
     if slots < 1 or not schedule_meta.is_contiguous():
         refuse("schedule_meta", schedule_meta, "a contiguous tensor [num_sms + 1, 2]")
@@ -369,14 +372,12 @@ def _paged(
 def _ragged(
     fp4: bool, query: Query, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out
 ) -> torch.Tensor:
-    values, scales, heads, dim = query
-    device = values.device
-    rows, _, row_bytes = values.shape
+    values, scales, device, (rows, _, row_bytes), heads, dim = query
 
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
         refuse("kv", kv, "(keys, scales)")
     keys, key_scales = kv
-    checks.tensor("kv", keys, _PACKED_E2M1 if fp4 else _E4M3, ("seq_len_kv", row_bytes), device)
+    checks.tensor("kv", keys, _PACKED_E2M1 if fp4 else _E4M3, (_KEYS, row_bytes), device)
     checks.contiguous("kv", keys)
     num_keys = keys.shape[0]
     checks.tensor("kv scales", key_scales, _INT32 if fp4 else (torch.float32,), (num_keys,), device)

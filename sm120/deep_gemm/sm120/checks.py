@@ -9,23 +9,24 @@ class ArgumentError(RuntimeError):
     """An argument that is refused: its name, what came, and what was expected."""
 
 
+class Open(str):
+    """A size left open, by its name in an expected shape: equal to every size."""
+
+    def __eq__(self, size: object) -> bool:
+        return True
+
+    __hash__ = None
+
+
 def refuse(argument: str, got: Any, expected: str) -> NoReturn:
     """Raises ArgumentError."""
     raise ArgumentError(f"{argument}: expected {expected}, got {_describe(got)}")
 
 
 def tensor(argument: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple, device: Any) -> torch.Tensor:
-    """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`: sizes, or names for those left open."""
-    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.device == device:
-        sizes = value.shape
-        if sizes == shape:
-            return value
-        if len(sizes) == len(shape):
-            for have, want in zip(sizes, shape):  # a loop is twice as fast as all()
-                if have != want and type(want) is int:
-                    break
-            else:
-                return value
+    """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`, whose sizes are ints or `Open`."""
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.device == device and value.shape == shape:
+        return value
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     refuse(argument, value, f"a {names} tensor [{', '.join(map(str, shape))}] on {device}")
 

@@ -38,9 +38,14 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 def architecture_of(device: torch.device) -> str:
     """What to compile for. The family's cubins, `sm_120f`, run on SM120 and SM121; the CPU emulates `DG_SM120_ARCH`."""
-    if device.type == "cuda":
-        return _architecture_of_gpu(device.index)
-    return os.environ.get("DG_SM120_ARCH", _EMULATED_ARCHITECTURE)
+    if _is_cpu(device):
+        return os.environ.get("DG_SM120_ARCH", _EMULATED_ARCHITECTURE)
+    return _architecture_of_gpu(device.index)
+
+
+@once  # a device takes longer to tell its type than a dictionary to find it
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def launch(
@@ -56,7 +61,7 @@ def launch(
     `inputs` and `outputs` are the tensors that the pointers in `parameters` point into; in the emulator every access is
     checked against them, and their names stand in its errors.
     """
-    if device.type == "cpu":
+    if _is_cpu(device):
         _emulate(kernel, grid, parameters, inputs, outputs)
     else:
         _launch_on_gpu(kernel, device.index, _current_stream(device.index), grid, parameters)
@@ -64,7 +69,7 @@ def launch(
 
 def load(kernel: Kernel, device: torch.device) -> None:
     """Makes `kernel` ready, so that its first launch on `device` compiles nothing."""
-    if device.type == "cpu":
+    if _is_cpu(device):
         _emulated(kernel)
     else:
         _function(kernel, device.index, _current_stream(device.index))
