@@ -199,6 +199,13 @@ def test_an_mbarrier_orders() -> None:
         run(body.format(WAIT, "st.shared.u32 [%r30], %r21;"))
 
 
+def test_an_mbarrier_is_initialised_before_others_come() -> None:
+    init = "setp.eq.u32 %p9, %r20, 0; @%p9 mbarrier.init.shared.b64 [%r31], 96; {0}\n"
+    arrive = "mbarrier.arrive.shared.b64 _, [%r31];"
+    run(init.format("bar.sync 0;") + arrive)
+    finds("the atomic of 8 bytes touches what warp 0 .* has written", init.format("") + arrive, 32, arrive)
+
+
 # --- warps -----------------------------------------------------------------------------------------------------------
 
 

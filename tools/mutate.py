@@ -152,6 +152,8 @@ MUTATIONS = {
 
 # Survivors that are no gap, and why.
 EXPLAINED = {
+    "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
+    "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
     "share = warp / tokens, shares = «kWarps / tokens → 1»;": "the same logits by fewer warps",
 }
 

@@ -8,8 +8,8 @@ the later warp knows of the earlier one's.  Warps of different blocks never know
 further warp of the block, which starts from what its issuer knows and releases to the copy's mbarrier: who reads what
 was copied must have waited there, even the issuer.
 
-Of a byte the last write and the last reads of two warps are remembered; what lanes of one warp do to each other is not
-looked at.  The first finding stops the kernel.
+Of a byte the last write, the last atomic and the last reads of two warps are remembered; what lanes of one warp do to
+each other is not looked at.  The first finding stops the kernel.
 """
 
 from __future__ import annotations
@@ -157,14 +157,17 @@ class _Wave:
         np.maximum.at(self.clocks[:, -1], blocks, self.clocks[blocks, warps])
 
 
+WRITE, READS, ATOMIC = 0, (1, 2), 3
+MEETS = {"read": (WRITE, ATOMIC), "write": (WRITE, *READS, ATOMIC), "atomic": (WRITE, *READS)}  # what it must not race
+
+
 class Races:
-    """The last accesses to each byte of a region.  [3, bytes]: its last write, and last reads of two warps."""
+    """The last accesses to each byte of a region, [4, bytes]: its last write, last reads of two warps, last atomic."""
 
     def __init__(self, nbytes: int) -> None:
-        self.who = np.full((3, nbytes), -1, np.int64)  # block of the launch * warps + warp
-        self.clock = np.zeros((3, nbytes), np.int32)
-        self.pc = np.zeros((3, nbytes), np.int32)
-        self.atomic = np.zeros(nbytes, bool)  # the last write
+        self.who = np.full((4, nbytes), -1, np.int64)  # block of the launch * warps + warp
+        self.clock = np.zeros((4, nbytes), np.int32)
+        self.pc = np.zeros((4, nbytes), np.int32)
 
     def access(self, wave, kept: _Wave, access: Access, lanes: np.ndarray, starts: np.ndarray) -> None:
         """Check lanes' accesses against the earlier ones, and remember them."""
@@ -183,33 +186,30 @@ class Races:
 
     def _one_round(self, wave, kept: _Wave, access: Access, byte, lanes, who, block) -> None:
         warp = who % kept.warps
-        reads, atomic = access.kind in ("read", "fetch"), access.kind == "atomic"
-        for slot in (0,) if reads else (0, 1, 2):
+        kind = {"fetch": "read", "copy": "write"}.get(access.kind, access.kind)
+        for slot in MEETS[kind]:
             earlier = self.who[slot, byte]
             near = earlier // kept.warps == wave.first_block + block
             known = kept.clocks[block, warp, np.where(near, earlier % kept.warps, 0)] >= self.clock[slot, byte]
             race = (earlier >= 0) & (earlier != who) & ~(near & known)
-            if atomic and slot == 0:
-                race &= ~self.atomic[byte]
             if race.any():
                 self._report(wave, kept, access, slot, int(byte[np.argmax(race)]), int(lanes[np.argmax(race)]))
-        clock = kept.clocks[block, warp, warp]
-        slots = np.zeros(len(byte), np.int64)
-        if reads:  # one's own slot, else that of the older read
+        slots = np.full(len(byte), WRITE if kind == "write" else ATOMIC)
+        if kind == "read":  # one's own slot, else that of the older read
             first, second = self.who[1, byte] == who, self.who[2, byte] == who
             slots = np.where(first | ~second & (self.who[1, byte] < 0), 1, 2)
             move = ~first & ~second & (self.who[2, byte] >= 0)
             for array in (self.who, self.clock, self.pc):
                 array[1, byte[move]] = array[2, byte[move]]
+        elif kind == "write":
+            self.who[1:, byte] = -1  # what came before is ordered before it
+        clock = kept.clocks[block, warp, warp]
         self.who[slots, byte], self.clock[slots, byte], self.pc[slots, byte] = who, clock, wave.pc
-        if not reads:
-            self.atomic[byte] = atomic
-            self.who[1:, byte] = -1  # reads before this write are ordered before it
 
     def _report(self, wave, kept: _Wave, access: Access, slot: int, byte: int, lane: int) -> None:
         block, warp = divmod(int(self.who[slot, byte]), kept.warps)
         line = wave.kernel.instructions[int(self.pc[slot, byte])].line
-        what = "read" if slot else "written"
+        what = "read" if slot in READS else "written"
         by = "a bulk copy" if warp == kept.warps - 1 else f"warp {warp}"
         raise Fault(
             f"race on {access.space} memory: the {access.kind} of {access.nbytes} bytes touches what {by} of block "

@@ -47,10 +47,18 @@ def mbarrier_at(wave, address: int, lanes: Lanes) -> Mbarrier:
     return found
 
 
+def touch(wave, address: int, lanes: Lanes, kind: str) -> None:
+    """Observers hear of an access to the barrier's own eight bytes."""
+    addresses = np.full(lanes.count, address)
+    wave.observe(kind, "shared", lanes, addresses, 8, wave.shared.locate(lanes, addresses, 8, kind))
+
+
 def arrive(wave, address: int, lanes: Lanes, arrivals, expected, copied: bool = False) -> None:
     """Each lane brings arrivals and expects bytes (below zero: bytes have come); both [lanes.count] or scalars.
     ``copied``: it is a copy that reports."""
     barrier, blocks = mbarrier_at(wave, address, lanes), wave.block_of[lanes.index]
+    if not copied:
+        touch(wave, address, lanes, "atomic")
     if wave.sanitizer is not None:
         wave.sanitizer.release(wave, ("mbarrier", address), lanes, copied)
 
@@ -134,7 +142,7 @@ def _init(i: Instruction, what: str):
         if count and (counts == 0).any():
             raise Fault("an mbarrier takes at least one arrival, got 0", memory.first_lane(at, counts == 0))
         for one, lanes, chosen in same_address(at, address(wave, at)):
-            wave.shared.locate(lanes, np.full(lanes.count, one), 8, "write")
+            touch(wave, one, lanes, "write")
             barriers = wave.state.setdefault("mbarriers", {})
             if one not in barriers:
                 barriers[one] = Mbarrier(*(np.zeros(wave.blocks, np.int64) for _ in range(4)))
@@ -156,6 +164,7 @@ def _wait(i: Instruction, suspend: bool):
         phases, over = np.broadcast_to(asked(wave, at), at.count), np.zeros(at.count, bool)
         for one, lanes, chosen in same_address(at, address(wave, at)):
             completed = mbarrier_at(wave, one, lanes).phase[wave.block_of[lanes.index]].astype(np.uint64)
+            touch(wave, one, lanes, "atomic")
             over[chosen] = completed & 1 != phases[chosen] if parity else completed > phases[chosen]
             through = lanes.where(over[chosen])
             if through is not None and wave.sanitizer is not None:
