@@ -79,6 +79,15 @@ def test_bounds_past_the_keys_are_cut(device: str) -> None:
     check(out.cpu(), problem.expected().cpu())
 
 
+@pytest.mark.parametrize("columns", [0, 40])
+def test_bounds_before_the_first_key_are_cut(columns: int, device: str) -> None:
+    problem = Ragged([-7, -40, 3], [30, 20, 9], 64, heads=16, device=device)
+    out = poisoned(3, columns or 64, device=device)
+    deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), max_seqlen_k=columns, out=out)
+    problem.ks.clamp_(min=0)
+    check(out.cpu(), problem.expected(columns).cpu())
+
+
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16])
 @FORMATS
