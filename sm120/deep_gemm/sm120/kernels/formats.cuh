@@ -31,7 +31,8 @@ struct Fp8 {
     static constexpr int kLoaded = Dim / 16, kWords = kLoaded, kSteps = kWords / 2;
     static constexpr bool kScaleFirst = false;
 
-    // The largest loads that the alignment allows. A quad reads its row in pieces of 4 lanes x vector.
+    // The largest loads that the alignment allows. A quad reads its row in pieces of 4 lanes x vector: with 32 bytes all of
+    // 128 at once, and 8 keys are 8 wavefronts of L1; two loads of 16 bytes a lane meet in half of the banks and are 16.
     static constexpr int kVector = VectorBytes / 4 < kLoaded ? VectorBytes / 4 : kLoaded;
     __device__ static uint32 lane_offset(const Lane& lane) { return 4 * kVector * lane.t; }
     __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
@@ -66,6 +67,8 @@ struct Fp8 {
 
 // e2m1, two to a byte, with a UE8M0 scale for every 32 elements; a row's scales are the bytes of one word.
 // A scale binds 32 physical elements, so each lane of a quad must hold a quarter of every 32: one word out of each 16 bytes.
+// That is 4 loads for 8 keys, of 4 wavefronts each: half of what L1 serves in the time of their mma. One load of 16 bytes
+// a lane has 4 wavefronts in all, but then 4 words must change lanes: 4 shuffles and 12 selects.
 template <int Dim>
 struct Fp4 {
     static constexpr int kRowBytes = Dim / 2;
