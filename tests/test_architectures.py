@@ -66,3 +66,18 @@ def test_scales_at_the_ends_of_their_range(arch: str, exponents: tuple, monkeypa
     if 255 in exponents:
         assert out[:, ::3].isnan().all()
     assert (out != -123456.75).all()
+
+
+@pytest.mark.parametrize("arch", ["sm_120f", "sm_90a"])
+def test_the_smallest_scale(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale byte of 0 is 2^-127, which fp32 has among its subnormals only. Large query scales bring it back."""
+    import torch
+
+    monkeypatch.setenv("DG_SM120_ARCH", arch)
+    problem = Ragged([0] * 3, [40] * 3, 40, heads=8, fp4=True)
+    problem.kv[1].zero_()
+    problem.q[1].fill_(int.from_bytes([187] * 4, "little") - 2**32)
+    out = torch.full((3, 40), -123456.75)
+    deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), out=out)
+    check(out, problem.expected())
+    assert 0 < out.abs().max() < 1e-12

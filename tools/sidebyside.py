@@ -125,8 +125,8 @@ and a key that it sees. Instructions are those of warps; one serves 16 or 32 key
   is in [sass.md](sass.md). A wait counts once, however long it takes. A box that TMA copies is one instruction.
 - Bytes asked for: by lanes or TMA. From L2: distinct sectors of 32 bytes that a block reads, the rest is in L1; TMA
   does not look there. Bytes written: by lanes, each counted (the peer's quads store a logit four times).
-- Wavefronts: clocks of shared memory, each 128 bytes where no banks conflict; in parentheses what TMA's writes are of
-  them.
+- Wavefronts: clocks of shared memory, each 128 bytes where no banks conflict, mbarriers' included; in parentheses what
+  TMA's writes are of them.
 """
 
 
