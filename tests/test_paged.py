@@ -83,6 +83,12 @@ def test_dtypes(weights: torch.dtype, logits: torch.dtype, fp4: bool, device: st
     run(Paged([300, 40], heads=32, weights_dtype=weights, fp4=fp4, device=device), dtype=logits)
 
 
+@FORMATS
+def test_bf16_logits_are_the_rounded_fp32_ones(fp4: bool, device: str) -> None:
+    problem = Paged([300, 40], heads=32, fp4=fp4, device=device)
+    assert torch.equal(run(problem, dtype=torch.bfloat16), run(problem).bfloat16())
+
+
 def test_weights_with_a_row_stride(device: str) -> None:
     problem = Paged([300, 40], heads=32, device=device)
     problem.weights = torch.cat([problem.weights, torch.full_like(problem.weights, torch.nan)], dim=1)[:, :32]
