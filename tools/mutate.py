@@ -31,6 +31,7 @@ PAGED = [
     "test_paged.py::test_page_sizes",
     "test_paged.py::test_next_n",
     "test_paged.py::test_dtypes",
+    "test_paged.py::test_bf16_logits_are_the_rounded_fp32_ones",
     "test_paged.py::test_padded_cache",
     "test_paged.py::test_weights_with_a_row_stride",
     "test_paged.py::test_a_length_past_the_maximum_stays_inside_the_row",
@@ -47,25 +48,27 @@ RAGGED = [
     "test_ragged.py::test_dims",
     "test_ragged.py::test_no_padding_is_asked_for",
     "test_ragged.py::test_bounds_past_the_keys_are_cut",
+    "test_ragged.py::test_bounds_before_the_first_key_are_cut",
     "test_ragged.py::test_nan_outside_the_window",
 ]
 CLEAN = ["test_paged.py::test_clean_logits", "test_ragged.py::test_compressed", "test_ragged.py::test_full"]
 ARCHITECTURES = [
     "test_architectures.py::test_other_cards[fp4-24-64-sm_89]",
     "test_architectures.py::test_scales_at_the_ends_of_their_range",
+    "test_architectures.py::test_the_smallest_scale",
 ]
 # For each file the tests that concern it, the likeliest to notice first: a run ends at the first failure.
 TESTS = {
     "metadata.cuh": ["test_metadata.py"],
     "window.cuh": [
         "test_metadata.py::test_a_row_is_as_long_as_its_longest_token",
-        *PAGED[3:8],
+        *PAGED[3:9],
         *RAGGED,
         "test_fuzz.py::test_any_ragged",
     ],
     "clean.cuh": CLEAN,
     "formats.cuh": [*PAGED[:3], *ARCHITECTURES],
-    "ptx.cuh": [*PAGED[:5], "test_paged.py::TestForeignBytes", *ARCHITECTURES],
+    "ptx.cuh": [*PAGED[:6], "test_paged.py::TestForeignBytes", *ARCHITECTURES],
     "logits.cuh": [*PAGED, *RAGGED, "test_sharing.py::test_tokens_of_a_request", "test_fuzz.py"],
 }
 
