@@ -79,7 +79,7 @@ def test_any_paged(data: st.DataObject) -> None:
 @given(st.data())
 def test_any_ragged(data: st.DataObject) -> None:
     draw = data.draw
-    keys = draw(st.integers(1, 500) | st.sampled_from([16, 32, 256, 512]))
+    keys = draw(st.integers(1, 500) | st.sampled_from([16, 32, 256, 512, 1100, 1700]))
     bound = st.integers(-5, keys + 20) | st.sampled_from([0, 15, 16, 17, 32, keys])
     windows = draw(st.lists(st.tuples(bound, bound), max_size=40))
     fp4, dim = draw(FORMATS)

@@ -50,6 +50,7 @@ RAGGED = [
     "test_ragged.py::test_bounds_past_the_keys_are_cut",
     "test_ragged.py::test_bounds_before_the_first_key_are_cut",
     "test_ragged.py::test_nan_outside_the_window",
+    "test_ragged.py::test_one_row_of_many_keys",
 ]
 CLEAN = ["test_paged.py::test_clean_logits", "test_ragged.py::test_compressed", "test_ragged.py::test_full"]
 ARCHITECTURES = [
