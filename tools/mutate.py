@@ -141,7 +141,9 @@ MUTATIONS = {
         "if (guess.tile «!= tile → < 0») keys.locate",
         "min(window.end, «window.begin + p.columns → p.columns»)",
         "«(mine.end - 1) → mine.end» / kTile + 1;\n        const bool active",
-        "share = warp / tokens, shares = «kWarps / tokens → 1»;",
+        "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
+    "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
+    "share = warp / tokens, shares = «kWarps / tokens → 1»;",
         "if («share < shares && → » tile < until)",
         "if (entry.x «>= → >» first_row + rows) return kNever;",
         "if (missing «< → <=» active) return cut;",
@@ -158,6 +160,8 @@ MUTATIONS = {
 EXPLAINED = {
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
+    "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
+    "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
     "share = warp / tokens, shares = «kWarps / tokens → 1»;": "the same logits by fewer warps",
 }
 
