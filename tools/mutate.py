@@ -141,9 +141,7 @@ MUTATIONS = {
         "if (guess.tile «!= tile → < 0») keys.locate",
         "min(window.end, «window.begin + p.columns → p.columns»)",
         "«(mine.end - 1) → mine.end» / kTile + 1;\n        const bool active",
-        "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
-    "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
-    "share = warp / tokens, shares = «kWarps / tokens → 1»;",
+        "share = warp / tokens, shares = «kWarps / tokens → 1»;",
         "if («share < shares && → » tile < until)",
         "if (entry.x «>= → >» first_row + rows) return kNever;",
         "if (missing «< → <=» active) return cut;",
@@ -160,6 +158,7 @@ MUTATIONS = {
 EXPLAINED = {
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
+    "if (missing «< → <=» active) return cut;": "cuts a group a tile earlier or later, the same for both slots that meet",
     "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
     "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
     "share = warp / tokens, shares = «kWarps / tokens → 1»;": "the same logits by fewer warps",
