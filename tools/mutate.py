@@ -158,7 +158,7 @@ MUTATIONS = {
 EXPLAINED = {
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
-    "if (missing «< → <=» active) return cut;": "cuts a group a tile earlier or later, the same for both slots that meet",
+    "if (missing «< → <=» active) return cut;": "cuts a group a tile earlier, alike for both slots that meet there",
     "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
     "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
     "share = warp / tokens, shares = «kWarps / tokens → 1»;": "the same logits by fewer warps",
