@@ -178,11 +178,48 @@ def table(fp4: bool) -> str:
     return "\n".join(lines)
 
 
+KEY_BYTES = """\
+## Bytes of a key that leave L2
+
+A key and its scale are 132 bytes in FP8, 68 in FP4. For each key of a request, whatever the number of its tokens; and
+for each key of a sequence of which 16 rows are in the batch, their lengths growing by one every four rows, with 2 SMs.
+Full pages, 16 heads. The peer has kernels for up to six tokens.
+"""
+
+
+def key_bytes(fp4: bool) -> str:
+    """One row of the table: ours / theirs for next_n 1 to 8, then for the rows of a prefill."""
+    cells = []
+    for next_n in range(1, 9):
+        problem = Paged([[1024] * next_n, [2048] * next_n], next_n, 16, fp4=fp4)
+        cells.append(_per_key(problem, 1024 + 2048, PEER_SLOTS, with_peer=next_n <= 6))
+    rows = Paged([[1024 + row // 4] for row in range(16)], 1, 16, fp4=fp4)
+    rows.block_table[:] = rows.block_table[-1].clone()
+    cells.append(_per_key(rows, 1024 + 15 // 4, 2, with_peer=True))
+    return f"| {'FP4' if fp4 else 'FP8'}, ours / theirs | " + " | ".join(cells) + " |"
+
+
+def _per_key(problem: Paged, keys: int, slots: int, with_peer: bool) -> str:
+    counts = [our_paged(problem, slots, trace=True)[1]]
+    if with_peer:
+        counts.append(their_paged(problem, slots=slots, trace=True)[1])
+    found = [f"{counters.block_bytes['kv_cache'] / keys:.0f}" for counters in counts]
+    return " / ".join(found if with_peer else [*found, "-"])
+
+
 def main() -> None:
     deep_gemm.set_num_sms(PEER_SLOTS)
     parts = [HEADER]
     for fp4 in (False, True):
         parts.append(f"## {'FP4' if fp4 else 'FP8'}\n\n{table(fp4)}\n")
+    columns = [*(f"next_n {n}" for n in range(1, 9)), "16 rows of a prefill"]
+    lines = [
+        "| | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+        key_bytes(False),
+        key_bytes(True),
+    ]
+    parts.append(KEY_BYTES + "\n" + "\n".join(lines) + "\n")
     text = "\n".join(parts)
     print(text)
     DOCUMENT.write_text(text)
