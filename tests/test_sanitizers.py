@@ -256,7 +256,7 @@ def test_metadata_is_clean(rows: int, arch: str, monkeypatch, sanitized) -> None
 @pytest.mark.parametrize(
     "lengths, next_n, slots, heads",
     [([[300, 301], [0, 5]], 2, 12, 64), ([0, 77, 512, 1], 1, 3, 24), ([[40] * 17, [9] * 17], 17, 5, 16),
-     ([130 + row // 3 for row in range(40)], 1, 6, 8)],
+     ([130 + row // 3 for row in range(40)], 1, 6, 8), ([[400, 401, 402], [90] * 3], 3, 4, 16)],
 )  # fmt: skip
 def test_paged_is_clean(lengths, next_n: int, slots: int, heads: int, fp4: bool, arch: str, monkeypatch, sanitized):
     monkeypatch.setenv("DG_SM120_ARCH", arch)
