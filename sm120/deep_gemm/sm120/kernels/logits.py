@@ -122,6 +122,20 @@ def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int
     return groups, max(1, min(parts, -(-keys // (TILE * config.warps)), 65535))
 
 
+def _parameters(query, query_scales, weights, keys, windows, out) -> Params:
+    """What paged and ragged keys have in common. Filled field by field: keywords take twice as long."""
+    p = Params()
+    p.query = query.data_ptr()
+    p.query_scales = None if query_scales is None else query_scales.data_ptr()
+    p.weights = weights.data_ptr()
+    p.keys = keys.data_ptr()
+    p.logits = out.data_ptr()
+    p.weights_stride = weights.stride()[0]
+    p.logits_stride = out.stride()[0]
+    p.windows = windows
+    return p
+
+
 def paged(
     config: Config,
     slots: int,
@@ -138,21 +152,13 @@ def paged(
     out: torch.Tensor,
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_paged_mqa_logits`."""
-    p = Params()  # filled field by field: keywords take twice as long
-    p.query = query.data_ptr()
-    p.query_scales = query_scales.data_ptr() if config.fp4 else None
-    p.weights = weights.data_ptr()
-    p.keys = kv_cache.data_ptr()
+    p = _parameters(query, query_scales, weights, kv_cache, windows, out)
     p.block_table = block_table.data_ptr()
     p.schedule = schedule_meta.data_ptr()
-    p.logits = out.data_ptr()
-    p.weights_stride = weights.stride()[0]
-    p.logits_stride = out.stride()[0]
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
     p.table_columns = block_table.shape[1]
     p.rows_per_group = rows_per_group(config, windows.rows, windows.next_n, slots)
-    p.windows = windows
     inputs = {
         "q": query,
         "q scales": query_scales,
@@ -180,18 +186,9 @@ def ragged(
     out: torch.Tensor,
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_mqa_logits`. Compressed if `columns`."""
-    p = Params()
-    p.query = query.data_ptr()
-    p.query_scales = query_scales.data_ptr() if config.fp4 else None
-    p.weights = weights.data_ptr()
-    p.keys = keys.data_ptr()
+    p = _parameters(query, query_scales, weights, keys, windows, out)
     p.key_scales = key_scales.data_ptr()
-    p.logits = out.data_ptr()
-    p.weights_stride = weights.stride()[0]
-    p.logits_stride = out.stride()[0]
-    p.rows_per_group = config.warps
     p.columns = columns
-    p.windows = windows
     inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}
     grid = shares(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
     launch(config.kernel, out.device, grid, p, inputs, {"logits": out})
