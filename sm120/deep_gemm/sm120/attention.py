@@ -353,9 +353,11 @@ def _paged(
 
     config = logits.configure(
         architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
-        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), next_n > logits.LEAST_WARPS,
+        logits.few_rows(batch, slots), logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),
     )  # fmt: skip
-    windows = windows_of_lengths(context_lens, next_n, max_context_len)
+    # No key lies past what the table's columns hold.
+    limit = min(max_context_len, block_table.shape[1] * page) if pages else 0
+    windows = windows_of_lengths(context_lens, next_n, limit)
     logits.paged(
         config, slots,
         query=values, query_scales=scales, weights=weights, kv_cache=kv_cache, page_stride=page_stride,
@@ -393,7 +395,7 @@ def _ragged(
 
     config = logits.configure(
         architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype,
-        logits.alignment(values.data_ptr(), keys.data_ptr()),
+        alignment=logits.alignment(values.data_ptr(), keys.data_ptr()),
     )  # fmt: skip
     windows = windows_of_bounds(starts, ends, num_keys)
     bounds = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}

@@ -68,9 +68,7 @@ def _kernels(
     )
     kernels = [clean.kernel(logits_dtype)]
     if paged:
-        kernels += [metadata.KERNEL, config(page=block_kv).kernel]
-    if paged and next_n > logits.LEAST_WARPS:
-        kernels += [config(page=block_kv, turns=True).kernel]
+        kernels += [metadata.KERNEL, *(config(page=block_kv, few_rows=few).kernel for few in (True, False))]
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels

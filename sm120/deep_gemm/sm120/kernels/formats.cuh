@@ -18,6 +18,8 @@
 
 #include "ptx.cuh"
 
+constexpr uint32 kAllLanes = 0xffffffff;
+
 // Where a lane stands in its fragments.
 struct Lane {
     int id, g, t;
@@ -157,7 +159,7 @@ struct Fp4Widened {
         // The scales of this lane's two columns of scores, 2t and 2t + 1, lie in the quads of those keys.
         float of_key[2];
         for (int c = 0; c < 2; ++c) {
-            of_key[c] = scale(__shfl_sync(0xffffffff, key_scale, 4 * (2 * lane.t + c) + KeyTile), Step);
+            of_key[c] = scale(__shfl_sync(kAllLanes, key_scale, 4 * (2 * lane.t + c) + KeyTile), Step);
         }
         for (int m = 0; m < HeadTiles; ++m) {
             float products[4] = {};

@@ -1,4 +1,4 @@
-"""Launcher of logits.cuh: configuration, parameters, grid."""
+"""Launcher of paged.cuh and ragged.cuh: configuration, parameters, grid."""
 
 import ctypes
 import os
@@ -11,31 +11,47 @@ import torch
 from ..jit import Kernel, launch
 from .windows import Windows
 
-LEAST_WARPS = 8  # of a block, in any configuration
 TILE = 32  # keys that a warp takes at a time
+FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
 
+_QUERIES = [
+    ("query", ctypes.c_void_p),
+    ("query_scales", ctypes.c_void_p),
+    ("weights", ctypes.c_void_p),
+    ("weights_stride", ctypes.c_int64),
+]
+_OUTPUT = [("logits", ctypes.c_void_p), ("logits_stride", ctypes.c_int64)]
 
-class Params(ctypes.Structure):
-    """Field by field as in logits.cuh."""
+
+class PagedParams(ctypes.Structure):
+    """Field by field as in paged.cuh."""
 
     _fields_ = [
-        ("query", ctypes.c_void_p),
-        ("query_scales", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
+        *_QUERIES,
         ("keys", ctypes.c_void_p),
-        ("key_scales", ctypes.c_void_p),
         ("block_table", ctypes.c_void_p),
-        ("schedule", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("weights_stride", ctypes.c_int64),
-        ("logits_stride", ctypes.c_int64),
         ("page_stride", ctypes.c_uint32),
         ("table_stride", ctypes.c_int32),
-        ("table_columns", ctypes.c_int32),
-        ("rows_per_group", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
+        ("pages", ctypes.c_uint32),
+        *_OUTPUT,
         ("windows", Windows),
+        ("schedule", ctypes.c_void_p),
+        ("rows_per_group", ctypes.c_int32),
+        ("slots_inverse", ctypes.c_uint32),
+    ]
+
+
+class RaggedParams(ctypes.Structure):
+    """Field by field as in ragged.cuh."""
+
+    _fields_ = [
+        *_QUERIES,
+        ("keys", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        *_OUTPUT,
+        ("windows", Windows),
+        ("columns", ctypes.c_int32),
     ]
 
 
@@ -44,8 +60,8 @@ class Config:
     """What the kernel is compiled for.
 
     page       keys of a page; 0: ragged
+    few_rows   paged: the grid shares out the tiles of all rows; else blocks take groups of rows
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
-    turns      a request may have more tokens than a block has warps; LEAST_WARPS or fewer need none
     """
 
     arch: str
@@ -55,8 +71,8 @@ class Config:
     page: int
     weights: torch.dtype
     logits: torch.dtype
+    few_rows: bool = False
     alignment: int = 32
-    turns: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -67,11 +83,19 @@ class Config:
         return self.fp4 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
 
     @cached_property
+    def tokens(self) -> int:
+        """Of a warp: as many as fill 64 registers with queries. In a decode step keys are what there is to share out."""
+        if self.few_rows or not self.arch.startswith("sm_12"):
+            return 1
+        return max(1, min(4, 8192 // (self.heads * self.dim // (2 if self.fp4 else 1))))
+
+    @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
-            return 12 if self.heads * self.dim > 4096 and not self.fp4 else 16
-        return LEAST_WARPS  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
+            query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
+            return 12 if query > 4096 else 16
+        return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -93,10 +117,17 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         format = f"Fp8<{config.dim}, {str(block_scaled).lower()}, {vector}>"
     (weights, weight), (logits, logit) = _NUMBER[config.weights], _NUMBER[config.logits]
     # Profilers, upstream's tests among them, look for `mqa_logits` and `paged_mqa_logits`.
-    layout, page = ("paged", f"_p{config.page}{'_turns' if config.turns else ''}") if config.page else ("ragged", "")
+    sizes = f"{format}, {config.heads}"
+    types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
+    if config.page:
+        rows = "few" if config.few_rows else "many"
+        layout, page, header = "paged", f"_p{config.page}_{rows}", "paged.cuh"
+        call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
+    else:
+        layout, page, header = "ragged", "", "ragged.cuh"
+        call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
     name = f"{tag}_{layout}_mqa_logits_h{config.heads}_d{config.dim}{page}_{weights}_{logits}"
-    sizes = f"{config.heads}, {config.page}, {weight}, {logit}, {config.warps}, {str(config.turns).lower()}"
-    return Kernel(name, "logits.cuh", f"    Indexer<{format}, {sizes}>::run(p);", 32 * config.warps, Params)
+    return Kernel(name, header, f"    {call}", 32 * config.warps, parameters)
 
 
 def alignment(query: int, keys: int, stride: int = 0) -> int:
@@ -105,26 +136,27 @@ def alignment(query: int, keys: int, stride: int = 0) -> int:
     return together & -together
 
 
-def rows_per_group(config: Config, rows: int, next_n: int, slots: int) -> int:
-    """How many neighbouring rows a block of the paged kernel takes at once.
+def few_rows(rows: int, slots: int) -> bool:
+    """Whether rows are taken one by one. Rows by the hundred are a prefill: neighbours see the same keys, which should leave
+    L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have nothing in
+    common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)"""
+    return rows < slots and rows <= FEW_ROWS
 
-    Rows by the hundred are a prefill: neighbours see the same keys, which should leave L2 once. Fewer rows than slots
-    are a decode step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8
-    at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)
-    """
-    return max(1, config.warps // next_n) if rows >= slots else 1
+
+def rows_per_group(config: Config, next_n: int) -> int:
+    """How many neighbouring rows a block takes at once, where there are many."""
+    return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
 def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
     """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split to fill the chip."""
-    groups = -(-rows // config.warps)
+    groups = -(-rows // min(32, config.warps * config.tokens))
     parts = -(-_BLOCKS_PER_SM * num_sms // groups)
     return groups, max(1, min(parts, -(-keys // (TILE * config.warps)), 65535))
 
 
-def _parameters(query, query_scales, weights, keys, windows, out) -> Params:
+def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out) -> None:
     """What paged and ragged keys have in common. Filled field by field: keywords take twice as long."""
-    p = Params()
     p.query = query.data_ptr()
     p.query_scales = None if query_scales is None else query_scales.data_ptr()
     p.weights = weights.data_ptr()
@@ -133,7 +165,6 @@ def _parameters(query, query_scales, weights, keys, windows, out) -> Params:
     p.weights_stride = weights.stride()[0]
     p.logits_stride = out.stride()[0]
     p.windows = windows
-    return p
 
 
 def paged(
@@ -152,13 +183,15 @@ def paged(
     out: torch.Tensor,
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_paged_mqa_logits`."""
-    p = _parameters(query, query_scales, weights, kv_cache, windows, out)
+    p = PagedParams()
+    _fill(p, query, query_scales, weights, kv_cache, windows, out)
     p.block_table = block_table.data_ptr()
     p.schedule = schedule_meta.data_ptr()
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
-    p.table_columns = block_table.shape[1]
-    p.rows_per_group = rows_per_group(config, windows.rows, windows.next_n, slots)
+    p.pages = kv_cache.shape[0]
+    p.rows_per_group = rows_per_group(config, windows.next_n)
+    p.slots_inverse = min(2**32 - 1, 2**32 // slots)
     inputs = {
         "q": query,
         "q scales": query_scales,
@@ -186,7 +219,8 @@ def ragged(
     out: torch.Tensor,
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_mqa_logits`. Compressed if `columns`."""
-    p = _parameters(query, query_scales, weights, keys, windows, out)
+    p = RaggedParams()
+    _fill(p, query, query_scales, weights, keys, windows, out)
     p.key_scales = key_scales.data_ptr()
     p.columns = columns
     inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}

@@ -11,6 +11,7 @@
 // Bound   latency: for up to kThreads rows one load, two scans, one store.
 #pragma once
 
+#include "formats.cuh"
 #include "window.cuh"
 
 struct MetadataParams {
@@ -23,7 +24,6 @@ static_assert(sizeof(MetadataParams) == PARAMS_BYTES, "the launcher packs a diff
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSplit = 256;
-constexpr uint32 kAllLanes = 0xffffffff;
 
 __device__ inline int scan_warp(int x, int lane) {
     #pragma unroll

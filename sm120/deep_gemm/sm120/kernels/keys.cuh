@@ -1,0 +1,147 @@
+// Where keys come from: the pages of a cache, or one run of keys. A source finds the bytes of key `key` of tile `tile`; a
+// tile is 32 keys of one row, in order.
+//
+// What a source says:
+//   Params             what the launcher hands in
+//   last_key           that may be read, of a row whose keys end before `end`
+//   alike              whether rows have the same keys, so that one look serves them all
+//   open               the tiles to come are tile, tile + step, ...
+//   locate             the first, then the next of these tiles is meant by what follows
+//   values, scales     address of `offset` bytes into a key's values, and of its scale. `Half` is the half of the tile in
+//                      which the key lies. Keys past `last_key` are not there: it is read in their place. Where the tile is
+//                      kWhole there are none
+#pragma once
+
+#include "formats.cuh"
+
+constexpr int kTile = 32;                     // keys a warp takes at a time
+
+struct Pages {
+    const uint8* values;         // [pages][page_stride]      a page is its values, then its scales
+    const int* block_table;      // [rows][table_stride]      page numbers
+    uint32 page_stride;          // bytes
+    int table_stride;            // entries
+    uint32 pages;
+};
+
+// kPage keys a page. No table entry leads outside the cache: one that would is taken for the last page.
+template <int kPage, int kRowBytes>
+struct PagedKeys {
+    using Params = Pages;
+    static_assert(kPage % 16 == 0);
+    static constexpr bool kOnePage = kPage % kTile == 0;   // else the two halves of a tile may lie in two pages
+
+    // Page numbers come from as far as keys do, and keys cannot be asked for without them. So lane i holds that of the ith
+    // tile to come, in `now`, and of the tile 32 later, in `later`; a shuffle hands it out.
+    struct Ahead { uint32 halves[kOnePage ? 1 : 2]; };
+
+    const Pages* p;
+    const int* table;            // of this row
+    uint32 page[2];              // of the tile's halves
+    Ahead now, later;
+    int turn;
+
+    __device__ PagedKeys(const Pages& p, int row) : p(&p), table(p.block_table + row * p.table_stride) {}
+
+    __device__ Ahead ask(uint32 tile, uint32 last_key) const {
+        Ahead ahead;
+        #pragma unroll
+        for (int half = 0; half < (kOnePage ? 1 : 2); ++half) {
+            ahead.halves[half] = ptx::load_word(table + min(tile * kTile + half * kTile / 2, last_key) / kPage);
+        }
+        return ahead;
+    }
+
+    __device__ void open(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
+        now = ask(tile + lane.id * step, last_key);
+        later = ask(tile + (32 + lane.id) * step, last_key);
+        turn = 0;
+    }
+
+    // `tile` is the one meant from now on.
+    __device__ void locate(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
+        if (turn == 32) {
+            now = later, turn = 0;
+            later = ask(tile + (32 + lane.id) * step, last_key);
+        }
+        page[0] = min(__shfl_sync(kAllLanes, now.halves[0], turn), p->pages - 1);
+        page[1] = kOnePage ? page[0] : min(__shfl_sync(kAllLanes, now.halves[kOnePage ? 0 : 1], turn), p->pages - 1);
+        ++turn;
+    }
+
+    // Keys of other rows are never read.
+    __device__ static uint32 last_key(int end, int) { return end - 1; }
+
+    // Whether two rows have the same pages for the keys of tiles `from` to `to` that lie before `end`.
+    static constexpr bool kRowsDiffer = true;
+    __device__ static bool alike(const Pages& p, int row, int other, int from, int to, int end, const Lane& lane) {
+        if (row == other) return true;
+        const int first = from * kTile / kPage, last = (min(to * kTile, end) - 1) / kPage;
+        bool same = true;
+        #pragma unroll 4
+        for (int i = first + lane.id; i <= last; i += 32) {
+            same &= ptx::load_word(p.block_table + row * p.table_stride + i)
+                    == ptx::load_word(p.block_table + other * p.table_stride + i);
+        }
+        return __all_sync(kAllLanes, same);
+    }
+
+    template <int kBytes, bool kWhole>
+    __device__ const uint8* at(const uint8* array, uint32 page, uint32 tile, uint32 last_key, uint32 key, uint32 more,
+                               uint32 offset) const {
+        array += int64(page) * p->page_stride;
+        if constexpr (!kOnePage) return array + (min(tile * kTile + key + more, last_key) % kPage * kBytes + offset);
+        offset += tile % (kPage / kTile) * (kTile * kBytes);
+        if constexpr (kWhole) return array + (key * kBytes + offset) + more * kBytes;   // `more` becomes the load's constant
+        return array + (min(key + more, last_key - tile * kTile) * kBytes + offset);
+    }
+
+    template <int Half, bool kWhole>
+    __device__ const uint8* values(uint32 tile, uint32 last_key, uint32 key, uint32 more, uint32 offset) const {
+        return at<kRowBytes, kWhole>(p->values, page[Half], tile, last_key, key, more, offset);
+    }
+
+    template <bool kWhole>
+    __device__ const uint8* scales(uint32 tile, uint32 last_key, uint32 key) const {
+        return at<4, kWhole>(p->values + kPage * kRowBytes, key < kTile / 2 ? page[0] : page[1], tile, last_key, key, 0, 0);
+    }
+};
+
+struct Run {
+    const uint8* values;         // [keys][row bytes]
+    const uint32* scales;        // [keys]
+};
+
+template <int kRowBytes>
+struct RunOfKeys {
+    using Params = Run;
+    const Run& p;
+
+    __device__ RunOfKeys(const Run& p, int) : p(p) {}
+
+    static constexpr bool kRowsDiffer = false;
+    __device__ static bool alike(const Run&, int, int, int, int, int, const Lane&) { return true; }
+    __device__ static uint32 last_key(int, int keys) { return keys - 1; }
+
+    __device__ void open(uint32, uint32, uint32, const Lane&) {}
+    __device__ void locate(uint32, uint32, uint32, const Lane&) {}
+
+    template <int kBytes, bool kWhole>
+    __device__ static const uint8* at(const uint8* array, uint32 tile, uint32 last_key, uint32 key, uint32 more,
+                                      uint32 offset) {
+        array += int64(tile) * (kTile * kBytes);
+        if constexpr (kWhole) return array + (key * kBytes + offset) + more * kBytes;
+        return array + (min(key + more, last_key - tile * kTile) * kBytes + offset);
+    }
+
+    template <int Half, bool kWhole>
+    __device__ const uint8* values(uint32 tile, uint32 last_key, uint32 key, uint32 more, uint32 offset) const {
+        return at<kRowBytes, kWhole>(p.values, tile, last_key, key, more, offset);
+    }
+
+    template <bool kWhole>
+    __device__ const uint8* scales(uint32 tile, uint32 last_key, uint32 key) const {
+        return at<4, kWhole>(reinterpret_cast<const uint8*>(p.scales), tile, last_key, key, 0, 0);
+    }
+
+};

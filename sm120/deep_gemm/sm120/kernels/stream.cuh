@@ -1,0 +1,127 @@
+// The inner loop: one warp, the tokens whose queries it holds, and tile after tile of keys.
+//
+// Keys go from global memory straight into B fragments: while one half of a tile is multiplied, the same half of the next
+// tile is on its way, and the place of the tile after it. No shared memory, no barrier.
+#pragma once
+
+#include "keys.cuh"
+#include "score.cuh"
+#include "sinks.cuh"
+
+template <class Format, int kHeads, int kTokens, class Weight, class Source, class Sink>
+struct Stream {
+    // What is fetched while a tile is scored: a tile that has all its keys, the last one, which may not, or none.
+    enum class Next { kWhole, kCut, kNone };
+
+    const Lane lane;
+    const int step;              // from tile to tile
+    const uint32 last_key;       // that may be read
+    const int never;             // 0
+    Source source;
+    Scorer<Format, kHeads, kTokens, Weight> scorer;
+    Sink sinks[kTokens];
+    uint32 words[4][Format::kLoaded];     // keys g, g + 8, g + 16, g + 24 of the tile
+    uint32 scale, next_scale;
+
+    // Both sides of a branch that is never taken want the words, so the compiler asks for them before it. It would otherwise
+    // move all loads to the end of the turn, since nothing in it needs them, and nothing would hide how long they take: 12%
+    // of prefill's time (H100, 25 Nov 2026).
+    template <int Half>
+    __device__ void demand() {
+        if (never) {
+            uint32* nowhere = reinterpret_cast<uint32*>(sinks[0].row);
+            #pragma unroll
+            for (int j = 0; j < 2 * Format::kLoaded; ++j) nowhere[j] = words[2 * Half + j % 2][j / 2];
+            asm volatile("exit;");
+        }
+    }
+
+    template <int Half, bool kWhole>
+    __device__ void fetch(uint32 tile) {
+        #pragma unroll
+        for (int j = 2 * Half; j < 2 * Half + 2; ++j) {
+            Format::load(words[j], source.template values<Half, kWhole>(tile, last_key, lane.g, 8 * j,
+                                                                        Format::lane_offset(lane)));
+        }
+    }
+
+    template <bool kWhole>
+    __device__ void fetch_scale(uint32 tile) {
+        next_scale = ptx::load_word(source.template scales<kWhole>(tile, last_key,
+                                                                   Format::scale_key(lane, scorer.key_of(lane))));
+    }
+
+    // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied, and so does
+    // their scale: FP4's mma takes it, so the next one waits beside it; FP8 needs it in the end only.
+    template <Next kNext>
+    __device__ void turn(int tile) {
+        const int next = tile + step;
+        constexpr bool kFetch = kNext != Next::kNone, kWhole = kNext == Next::kWhole;
+        float sums[kTokens][4][2] = {};
+        if constexpr (Format::kScaleFirst) scale = next_scale;
+        #pragma unroll
+        for (int i = 0; i < kTokens; ++i) {
+            scorer.template keys<0>(sums[i][0], i, words[0], scale, lane);
+            scorer.template keys<1>(sums[i][1], i, words[1], scale, lane);
+        }
+        if constexpr (kFetch) {
+            source.locate(next, step, last_key, lane);
+            fetch<0, kWhole>(next);
+            if constexpr (Format::kScaleFirst) fetch_scale<kWhole>(next);
+            demand<0>();
+        }
+        #pragma unroll
+        for (int i = 0; i < kTokens; ++i) {
+            scorer.template keys<2>(sums[i][2], i, words[2], scale, lane);
+            scorer.template keys<3>(sums[i][3], i, words[3], scale, lane);
+        }
+        if constexpr (kFetch) fetch<1, kWhole>(next);
+        float logits[kTokens];
+        #pragma unroll
+        for (int i = 0; i < kTokens; ++i) logits[i] = Format::finish(scorer.total(sums[i], lane), next_scale);
+        if constexpr (kFetch && !Format::kScaleFirst) fetch_scale<kWhole>(next);
+        #pragma unroll
+        for (int i = 0; i < kTokens; ++i) sinks[i].take(tile * kTile + scorer.key_of(lane), logits[i]);
+    }
+
+    __device__ void load(const Queries& queries, const int (&tokens)[kTokens]) {
+        #pragma unroll
+        for (int i = 0; i < kTokens; ++i) scorer.load(i, queries, tokens[i], never, lane);
+    }
+
+    // Asks for the first tile.
+    __device__ void fetch_first(int tile) {
+        source.locate(tile, step, last_key, lane);
+        fetch<0, false>(tile);
+        fetch<1, false>(tile);
+        fetch_scale<false>(tile);
+    }
+
+    // Tiles tile, tile + step, ... below `to`; the first one has been asked for. Returns the one that follows the last.
+    __device__ int run(int tile, int to) {
+        if (tile + step < to) {
+            #pragma unroll (kHeads * kTokens > 16 ? 1 : 2)   // with few heads it pays not to move what a turn hands on
+            for (const int cut = to - 2 * step; tile < cut; tile += step) turn<Next::kWhole>(tile);
+            turn<Next::kCut>(tile);
+            tile += step;
+        }
+        turn<Next::kNone>(tile);
+    }
+
+    // Eight keys alone, a quarter of a tile: unit 4 * tile + key tile.
+    __device__ void fetch_eight(int unit) {
+        const int tile = unit / 4, key = unit % 4 * 8;
+        source.locate(tile, 0, last_key, lane);
+        Format::load(words[0], source.template values<0, false>(tile, last_key, key + lane.g, 0, Format::lane_offset(lane)));
+        next_scale = ptx::load_word(source.template scales<false>(
+            tile, last_key, key + (Format::kScaleFirst ? lane.g : scorer.key_of_eight(lane))));
+    }
+
+    __device__ void finish_eight(int unit) {
+        #pragma unroll
+        for (int i = 0; i < kTokens; ++i) {
+            const float logit = Format::finish(scorer.eight(i, words[0], next_scale, lane), next_scale);
+            sinks[i].take(lane.g < 2 ? 8 * unit + scorer.key_of_eight(lane) : kNoKey, logit);
+        }
+    }
+};
