@@ -32,10 +32,12 @@ fuzz: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py $(ARGS)
 
 bench: $(VENV)/.$(KIND)
-	$(BIN)/python tools/bench.py $(ARGS)
+	$(BIN)/python tools/bench/bench.py $(ARGS)
 
 report: $(VENV)/.$(KIND)
-	$(BIN)/python tools/report.py && $(BIN)/python tools/schedules.py && $(BIN)/python tools/sidebyside.py
+	$(BIN)/python tools/evidence/report.py
+	$(BIN)/python tools/evidence/schedules.py
+	$(BIN)/python tools/evidence/sidebyside.py
 
 wheel: dist/.$(KIND)
 	@ls dist/*.whl

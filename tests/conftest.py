@@ -21,6 +21,7 @@ hypothesis.settings.load_profile("default")
 
 if importlib.util.find_spec("deep_gemm") is None:
     sys.path.insert(0, str(ROOT / "sm120"))
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "tools/bench", "tools/evidence")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

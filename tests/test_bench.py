@@ -5,22 +5,22 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
+import bench
+import contenders
+import probes
 import pytest
+import sass
 import torch
+from cases import PAGE, Case, figures, peak_for, plan
+from clock import Timing
+from inputs import Cache, Inputs, relative_error
+from results import write
 
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference
 from deep_gemm.sm120.emulator import Counters, recording
 from deep_gemm.sm120.jit import compile_kernel
-
-TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import bench  # noqa: E402
-import sass  # noqa: E402
-from bench import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -39,19 +39,19 @@ names = [case.name for case in SMALL]
 
 
 def test_the_whole_plan() -> None:
-    cases = bench.plan()
+    cases = plan()
     assert len(cases) == len(set(cases)) == 2 * (3 * 5 * 5 + 4 + 4)
     decode = {(case.rows, case.keys, case.next_n) for case in cases if case.kind == "decode"}
     assert {rows for rows, _, _ in decode} == {1, 8, 64, 256, 1024}
     assert {keys for _, keys, _ in decode} == {1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10}
     assert {next_n for _, _, next_n in decode} == {1, 2, 4}
     assert {case.rows for case in cases if case.kind != "decode"} == {4096}
-    assert {case.heads for case in bench.plan(heads=32)} == {32}
-    assert all(case.keys % bench.PAGE == 0 for case in cases)
+    assert {case.heads for case in plan(heads=32)} == {32}
+    assert all(case.keys % PAGE == 0 for case in cases)
 
 
 def test_quick_comes_first() -> None:
-    quick, cases = bench.plan(quick=True), bench.plan()
+    quick, cases = plan(quick=True), plan()
     assert cases[: len(quick)] == quick and len(quick) < len(cases) / 8
     assert {(case.kind, case.fp4) for case in quick} == {(case.kind, case.fp4) for case in cases}
 
@@ -95,28 +95,28 @@ def test_bytes_and_flops_by_hand() -> None:
 def test_percent_of_peak() -> None:
     ceilings = {"copy_tbps": 2.0, "mma_tflops": {"fp8_plain": 100.0, "fp8_block_scaled": 200.0, "fp4": 400.0}}
     case = Case("decode", False, 64, 16384)
-    found = bench.figures(case, 100.0, ceilings)
+    found = figures(case, 100.0, ceilings)
     assert found["tbps"] == pytest.approx(case.bytes / 1e8) and found["of_copy"] == pytest.approx(case.bytes / 2e8)
     assert found["tflops"] == pytest.approx(case.flops / 1e8) and found["of_mma"] == pytest.approx(case.flops / 2e10)
     assert found["floor_us"] == pytest.approx(max(case.flops / 200e6, case.bytes / 2e6))
     assert found["of_roof"] == pytest.approx(found["floor_us"] / 100)
     assert found["floor_us"] == pytest.approx(case.flops / 200e6)  # 120 FLOP a byte over 100
     fast = {**ceilings, "mma_tflops": {"fp8_plain": 1000.0}}
-    assert bench.figures(case, 100.0, fast)["floor_us"] == pytest.approx(case.bytes / 2e6)
-    assert bench.peak_for(True, ceilings["mma_tflops"]) == 400 and bench.peak_for(True, {"fp8_plain": 7.0}) == 7
+    assert figures(case, 100.0, fast)["floor_us"] == pytest.approx(case.bytes / 2e6)
+    assert peak_for(True, ceilings["mma_tflops"]) == 400 and peak_for(True, {"fp8_plain": 7.0}) == 7
 
 
 # ---- the probes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", bench.mma_kinds("sm_120f"))
+@pytest.mark.parametrize("name", probes.mma_kinds("sm_120f"))
 def test_mma_loop_does_what_is_counted(name: str) -> None:
     source, sink = torch.zeros(4, dtype=torch.int32), torch.full((2 * 512,), -1, dtype=torch.int32)
     with recording() as launches:
-        bench.run_probe(bench.mma_loop(name), 2, source, sink, 3)
+        probes.run_probe(probes.mma_loop(name), 2, source, sink, 3)
     done = sum(launches, Counters())
     k = 64 if name == "fp4" else 32
-    assert done.classes["mma"] * 2 * 16 * 8 * k == bench.mma_flops(name, 2, 3)
+    assert done.classes["mma"] * 2 * 16 * 8 * k == probes.mma_flops(name, 2, 3)
     assert not done.bytes_read.total() and done.bytes_written.total() == sink.nbytes
     sums = sink.view(torch.float32)
     assert sums.isfinite().all() and sums.unique().numel() > 500  # random, no NaN
@@ -125,8 +125,8 @@ def test_mma_loop_does_what_is_counted(name: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a", "sm_120f"])
 def test_mma_loop_multiplies_in_every_turn(arch: str) -> None:
     """On SM90 the instruction is emulated with two HMMAs; none of them may have been moved out of the loop."""
-    for name in bench.mma_kinds(arch):
-        kernel = bench.mma_loop(name)
+    for name in probes.mma_kinds(arch):
+        kernel = probes.mma_loop(name)
         function = sass.disassemble(compile_kernel(kernel, arch, "cubin"))[kernel.name]
         turns = function.mma_loop().macs / (8 * 16 * 8 * (64 if name == "fp4" else 32))
         assert turns in (1, 2, 4, 8), f"{name} for {arch}: {turns} turns' worth of products in the loop"
@@ -134,11 +134,11 @@ def test_mma_loop_multiplies_in_every_turn(arch: str) -> None:
 
 
 def test_other_cards_have_the_plain_mma_alone() -> None:
-    assert bench.mma_kinds("sm_90a") == bench.mma_kinds("sm_89") == ["fp8_plain"]
+    assert probes.mma_kinds("sm_90a") == probes.mma_kinds("sm_89") == ["fp8_plain"]
 
 
 def test_reader_reads_every_byte_once() -> None:
-    reader = bench.Reader(1, CPU, blocks=1)
+    reader = probes.Reader(1, CPU, blocks=1)
     assert reader.bytes == reader.buffer.nbytes == 1024 * 16 * 8
     with recording() as launches:
         reader()
@@ -154,7 +154,7 @@ def test_reader_reads_every_byte_once() -> None:
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
-def expected(inputs: bench.Inputs) -> torch.Tensor:
+def expected(inputs: Inputs) -> torch.Tensor:
     if inputs.kv is not None:
         return reference.ragged_logits(inputs.q, inputs.kv, inputs.weights, inputs.starts, inputs.ends)
     arguments = (inputs.kv_cache, inputs.weights, inputs.lengths, inputs.block_table, inputs.case.keys)
@@ -164,21 +164,21 @@ def expected(inputs: bench.Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("case", SMALL, ids=names)
 def test_inputs_and_check(case: Case) -> None:
     """Ours, in the emulator, and torch's operators are both found right; so is the reference itself."""
-    sets = bench.Cache(CPU).inputs(case, 2)
+    sets = Cache(CPU).inputs(case, 2)
     assert len(sets) == 2
-    for prepare, limit in ((bench.ours, 1e-6), (bench.plain_torch, 1e-5)):
+    for prepare, limit in ((contenders.ours, 1e-6), (contenders.plain_torch, 1e-5)):
         calls, entry = bench.judge(sets, prepare)
         assert len(calls) == 2 and entry["status"] == "right" and 0 < entry["error"] < limit, entry
     want = expected(sets[1])
-    assert bench.relative_error(sets[1], want, samples=case.tokens + 2) < 1e-12
+    assert relative_error(sets[1], want, samples=case.tokens + 2) < 1e-12
     assert not torch.equal(want, expected(sets[0]))
 
 
 def test_sets_take_pages_of_their_own() -> None:
-    sets = bench.Cache(CPU).inputs(Case("decode", False, 3, 128, heads=8), 3)
+    sets = Cache(CPU).inputs(Case("decode", False, 3, 128, heads=8), 3)
     pages = [page for inputs in sets for page in inputs.block_table.flatten().tolist()]
     assert sorted(pages) == list(range(18))
-    prefill = bench.Cache(CPU).inputs(Case("prefill", False, 3, 128, heads=8), 2)
+    prefill = Cache(CPU).inputs(Case("prefill", False, 3, 128, heads=8), 2)
     assert all((inputs.block_table == inputs.block_table[0]).all() for inputs in prefill)
 
 
@@ -194,27 +194,27 @@ def test_sets_take_pages_of_their_own() -> None:
 )
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[4], SMALL[5]], ids=lambda case: case.name)
 def test_wrong_results_are_not_timed(case: Case, spoil) -> None:
-    inputs = bench.Cache(CPU).inputs(case, 1)
-    calls, entry = bench.judge(inputs, lambda it: lambda: spoil(bench.ours(it)()))
+    inputs = Cache(CPU).inputs(case, 1)
+    calls, entry = bench.judge(inputs, lambda it: lambda: spoil(contenders.ours(it)()))
     assert calls == [] and entry["status"] == "wrong" and entry["error"] > bench.TOLERANCE
 
 
 def test_logits_that_were_never_written_are_wrong() -> None:
-    inputs = bench.Cache(CPU).inputs(SMALL[0], 1)
-    inputs[0].out.copy_(bench.ours(inputs[0])())  # right, but of an earlier call
+    inputs = Cache(CPU).inputs(SMALL[0], 1)
+    inputs[0].out.copy_(contenders.ours(inputs[0])())  # right, but of an earlier call
     calls, entry = bench.judge(inputs, lambda it: lambda: it.out)
     assert calls == [] and entry["status"] == "wrong"
 
 
 def test_a_peer_that_fails_or_declines() -> None:
-    inputs = bench.Cache(CPU).inputs(SMALL[2], 1)
+    inputs = Cache(CPU).inputs(SMALL[2], 1)
 
     def breaks(_):
         raise ValueError("no such arch\nand more")
 
     assert bench.judge(inputs, breaks) == ([], {"status": "failed", "reason": "ValueError: no such arch"})
-    assert bench.judge(inputs, bench.triton_kernel)[1] == {"status": "unsupported", "reason": "FP8 only"}
-    assert bench.judge(inputs, lambda it: bench.sglang(None, it))[1]["status"] == "unsupported"
+    assert bench.judge(inputs, contenders.triton_kernel)[1] == {"status": "unsupported", "reason": "FP8 only"}
+    assert bench.judge(inputs, lambda it: contenders.sglang(None, it))[1]["status"] == "unsupported"
 
 
 def test_either_generation_of_deepgemm() -> None:
@@ -245,18 +245,18 @@ def test_either_generation_of_deepgemm() -> None:
         (SMALL[0], New, "new"),
         (SMALL[2], New, "new"),
     ):
-        prepare = functools.partial(bench.deep_gemm_package, package)
-        calls, entry = bench.judge(bench.Cache(CPU).inputs(case, 1), prepare)
+        prepare = functools.partial(contenders.deep_gemm_package, package)
+        calls, entry = bench.judge(Cache(CPU).inputs(case, 1), prepare)
         assert calls and entry["status"] == "right" and given.pop() == seen
-    assert bench.judge(bench.Cache(CPU).inputs(SMALL[2], 1), lambda it: bench.deep_gemm_package(Old, it))[1] == {
+    assert bench.judge(Cache(CPU).inputs(SMALL[2], 1), lambda it: contenders.deep_gemm_package(Old, it))[1] == {
         "status": "unsupported",
         "reason": "not in this package",
     }
 
 
 def test_peers_are_found_or_said_to_be_missing() -> None:
-    found, missing = bench.find_peers()
-    assert found["ours"] is bench.ours and "torch" in found
+    found, missing = contenders.find_peers()
+    assert found["ours"] is contenders.ours and "torch" in found
     everybody = {"deep_gemm.upstream", "vllm.third_party.deep_gemm", "flashinfer", "sglang tilelang", "sglang torch"}
     assert everybody | {"triton"} <= found.keys() | missing.keys() and not found.keys() & missing.keys()
     assert all(missing.values())
@@ -268,10 +268,10 @@ def test_peers_are_found_or_said_to_be_missing() -> None:
 class Stopwatch:
     """Takes no time: 100 us for a cold call, 50 for a warm one; the calls are made all the same."""
 
-    def time(self, calls, cold: bool) -> bench.Timing:
+    def time(self, calls, cold: bool) -> Timing:
         for call in calls:
             call()
-        return bench.Timing(100.0 if cold else 50.0, 90.0, 110.0, 3, 12.345678)
+        return Timing(100.0 if cold else 50.0, 90.0, 110.0, 3, 12.345678)
 
 
 @pytest.fixture
@@ -279,14 +279,14 @@ def result() -> dict:
     """As `run` makes it, of two small cases; a third one's peers are wrong and broken."""
     ceilings = {"copy_tbps": 0.001, "read_tbps": 0.001, "mma_tflops": {"fp8_plain": 0.1, "fp4": 0.2}, "empty_us": 2.0}
     peers = {
-        "ours": bench.ours,
-        "torch": bench.plain_torch,
+        "ours": contenders.ours,
+        "torch": contenders.plain_torch,
         "wrong": lambda it: lambda: it.out * 2,
-        "fp8 only": bench.triton_kernel,
+        "fp8 only": contenders.triton_kernel,
     }
     results = []
     for case in (SMALL[2], SMALL[5]):
-        results += bench.run_case(case, bench.Cache(CPU), peers, Stopwatch(), ceilings)
+        results += bench.run_case(case, Cache(CPU), peers, Stopwatch(), ceilings)
     device = {"name": "A card", "capability": "12.0", "sms": 188}
     return {
         "schema": bench.SCHEMA, "date": "2026-11-24T00:00:00+00:00", "device": device, "ceilings": ceilings,
@@ -303,13 +303,13 @@ def test_entries(result) -> None:
     assert wrong["status"] == "wrong" and "cold" not in wrong
     for mode, microseconds in (("cold", 100.0), ("warm", 50.0)):
         assert ours[mode]["median_us"] == microseconds
-        wanted = bench.figures(case, microseconds, result["ceilings"])
+        wanted = figures(case, microseconds, result["ceilings"])
         assert {key: ours[mode][key] for key in wanted} == wanted
     assert ours["warm"]["of_copy"] == pytest.approx(case.bytes / 50e-6 / 1e9)
 
 
 def test_written(result, tmp_path, capsys) -> None:
-    bench.write(result, tmp_path / "new" / "folder", print)
+    write(result, tmp_path / "new" / "folder", print)
     folder = tmp_path / "new" / "folder"
     stored = json.loads((folder / "bench.json").read_text())
     assert stored["schema"] == 1 and stored["device"] == result["device"]
@@ -327,7 +327,7 @@ def test_written(result, tmp_path, capsys) -> None:
 def test_written_without_rich_and_matplotlib(result, tmp_path, monkeypatch, capsys) -> None:
     for name in ("rich", "rich.console", "rich.table", "matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    bench.write(result, tmp_path, print)
+    write(result, tmp_path, print)
     printed = capsys.readouterr().out
     assert "no picture: matplotlib is not installed" in printed and "fp4 decode 3x2 x 64" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.txt"]
@@ -335,10 +335,10 @@ def test_written_without_rich_and_matplotlib(result, tmp_path, monkeypatch, caps
 
 def test_metadata_entries(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(multi_processor_count=5))
-    (entry,) = bench.run_metadata(7, CPU, {"ours": bench.ours, "torch": bench.plain_torch}, Stopwatch())
+    (entry,) = bench.run_metadata(7, CPU, {"ours": contenders.ours, "torch": contenders.plain_torch}, Stopwatch())
     assert entry["status"] == "right" and entry["same_contract"] and entry["cold"]["median_us"] == 100
     monkeypatch.setattr(reference, "schedule", lambda lengths, slots: torch.zeros((6, 2), dtype=torch.int32))
-    (entry,) = bench.run_metadata(7, CPU, {"ours": bench.ours}, Stopwatch())
+    (entry,) = bench.run_metadata(7, CPU, {"ours": contenders.ours}, Stopwatch())
     assert entry["status"] == "wrong" and "cold" not in entry
 
 
@@ -354,7 +354,7 @@ def test_dry_run(capsys) -> None:
 
 
 def test_without_a_gpu(tmp_path) -> None:
-    command = [sys.executable, str(TOOLS / "bench.py"), "--quick", "--out", str(tmp_path / "out")]
+    command = [sys.executable, bench.__file__, "--quick", "--out", str(tmp_path / "out")]
     environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no GPU" in done.stderr and not (tmp_path / "out").exists()

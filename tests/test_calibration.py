@@ -4,16 +4,10 @@ scale selectors, ldmatrix, swizzles, TMA and barriers mean what the silicon mean
 Ours run beside them, on the same inputs, to the same logits.
 """
 
-import sys
-from pathlib import Path
-
+import peer
 import pytest
 import torch
 from problems import Paged, Ragged
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import peer
 from sidebyside import PEER_SLOTS, compare, our_paged, our_ragged, their_paged, their_ragged, their_schedule
 
 

@@ -6,16 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 
 import deep_gemm
 from deep_gemm.sm120 import reference
-
-TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import demo  # noqa: E402
 
 
 @pytest.fixture
@@ -50,7 +46,7 @@ def test_the_command(tmp_path) -> None:
     """As `make demo ARGS="--arch sm_120f --save ..."` runs it, at its default size."""
     picture = tmp_path / "demo.png"
     environment = {**os.environ, "PYTHONPATH": str(Path(deep_gemm.__file__).parents[1]), "COLUMNS": "80"}
-    command = [sys.executable, str(TOOLS / "demo.py"), "--arch", "sm_120f", "--save", str(picture)]
+    command = [sys.executable, demo.__file__, "--arch", "sm_120f", "--save", str(picture)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = done.stdout

@@ -1,10 +1,6 @@
 """The list of mutations is up to date with the kernels."""
 
 import re
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import mutate
 

@@ -2,19 +2,14 @@
 
 import re
 import struct
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
 import peer
+import pytest
 import report
 import sass
 import schedules
+import torch
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 

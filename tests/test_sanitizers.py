@@ -3,7 +3,6 @@
 import ctypes
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -320,7 +319,6 @@ def test_a_barrier_less_in_our_own_kernel(which: int, tmp_path: Path, monkeypatc
 @FORMATS
 def test_the_peers_are_clean(fp4: bool) -> None:
     """Warps that copy, warps that multiply, and rings of mbarriers between them."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
     import peer
     from sidebyside import their_paged, their_ragged
 

@@ -111,10 +111,10 @@ class Standin:
     def without_emulator(self) -> None:
         """Launches end here, and do nothing: for timing what comes before. As for a card's tensors, the architecture is
         the card's, not the environment's."""
-        from deep_gemm.sm120 import attention
+        from deep_gemm.sm120 import jit
         from deep_gemm.sm120.jit import runtime
 
-        attention.architecture_of = lambda device: runtime._is_cpu(device) and runtime._architecture_of_gpu(0)
+        jit.architecture_of = lambda device: runtime._is_cpu(device) and runtime._architecture_of_gpu(0)
         self.library.standin_on_launch(None)
         runtime._emulate = lambda kernel, grid, parameters, *_: runtime._launch_on_gpu(
             kernel, 0, self.stream, grid, parameters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import checks
-from .attention import DIMS
+from .arguments import DIMS
 from .jit import Kernel, architecture_of, load, shipped
 from .kernels import clean, logits, metadata
 

@@ -49,7 +49,7 @@ def paged_logits(
     block_table: torch.Tensor,
     max_context_len: int,
 ) -> torch.Tensor:
-    """Float64 [batch * next_n, max_context_len]; -inf past each row's length. Arguments as in `attention`."""
+    """Float64 [batch * next_n, max_context_len]; -inf past each row's length. Arguments as in `paged.py`."""
     values, scales = q if isinstance(q, tuple) else (q, None)
     batch, next_n = values.shape[:2]
     query = dequantize(values, scales)
@@ -73,7 +73,7 @@ def ragged_logits(
     ends: torch.Tensor,
     max_seqlen_k: int = 0,
 ) -> torch.Tensor:
-    """Float64 [seq_len, seq_len_kv or max_seqlen_k]; -inf outside each row's range. Arguments as in `attention`."""
+    """Float64 [seq_len, seq_len_kv or max_seqlen_k]; -inf outside each row's range. Arguments as in `ragged.py`."""
     values, scales = q if isinstance(q, tuple) else (q, None)
     query, keys = dequantize(values, scales), dequantize(*kv)
     out = torch.full((len(query), max_seqlen_k or len(keys)), -torch.inf, dtype=torch.float64, device=values.device)

@@ -182,7 +182,7 @@ def paged(
     windows: Windows,
     out: torch.Tensor,
 ) -> None:
-    """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_paged_mqa_logits`."""
+    """Starts the kernel on checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
     p = PagedParams()
     _fill(p, query, query_scales, weights, kv_cache, windows, out)
     p.block_table = block_table.data_ptr()
@@ -218,7 +218,7 @@ def ragged(
     windows: Windows,
     out: torch.Tensor,
 ) -> None:
-    """Starts the kernel on checked arguments; shapes as in `attention.fp8_fp4_mqa_logits`. Compressed if `columns`."""
+    """Starts the kernel on checked arguments; shapes as in `ragged.fp8_fp4_mqa_logits`. Compressed if `columns`."""
     p = RaggedParams()
     _fill(p, query, query_scales, weights, keys, windows, out)
     p.key_scales = key_scales.data_ptr()

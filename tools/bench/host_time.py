@@ -1,4 +1,6 @@
-"""Host time of a call, from Python to the launch: `python tools/host_time.py [calls]`.
+"""Host time of a call, from Python to the launch.
+
+    python tools/bench/host_time.py [calls]
 
 The driver is the tests' stand-in (tests/standin), which does nothing with a launch, under the real cuda.bindings; the
 tensors lie on the CPU. What is left is what a caller waits for before his next line: checks, allocation of the output,
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BATCH = 8
 
 

@@ -1,6 +1,6 @@
 """A model of who gets which keys: how far the longest SM is from an even share.  Tables and a picture.
 
-    python tools/schedules.py [--out docs/performance]
+    python tools/evidence/schedules.py [--out docs/performance]
 
 ours        the schedule in splits of 256 keys, consumed in such splits.  SGLang's planner writes the same schedule.
 peer        the peer's schedule in splits of 128 keys, consumed by its kernels.
@@ -118,10 +118,11 @@ def picture(results: dict[tuple[int, bool], np.ndarray], sms: int, path: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "performance")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "performance")
     out = parser.parse_args().out
     results = tables()
-    text = ["# Schedules\n", f"`python tools/schedules.py`, {datetime.date.today()}.\n", __doc__.partition("\n\n")[2]]
+    command = f"`python tools/evidence/schedules.py`, {datetime.date.today()}.\n"
+    text = ["# Schedules\n", command, __doc__.partition("\n\n")[2]]
     text.append("![longest SM over an even share](schedules.png)\n")
     for (sms, skewed), ratios in results.items():
         kind = f"one row of so many keys, the others of {SHORT}" if skewed else "uniform"

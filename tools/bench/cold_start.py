@@ -1,4 +1,6 @@
-"""Cold start: from `import deep_gemm` to the first logits, in fresh processes: `python tools/cold_start.py [rounds]`.
+"""Cold start, from `import deep_gemm` to the first logits, in fresh processes.
+
+    python tools/bench/cold_start.py [rounds]
 
 One plan and one call of fp8_paged_mqa_logits (64 heads of 128, pages of 64) with the kernels shipped in the package,
 with a warm cache, and with an empty one; beside it the time in which the same NVRTC compiles the peer's two kernels.
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = ("import deep_gemm", "first plan", "first logits", "both, again")
 PEER = ("plan's kernel, compiled", "logits' kernel, compiled")
 
@@ -146,7 +148,7 @@ def peer_without_results(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.path += [str(ROOT / name) for name in ("sm120", "tests", "tools")]  # after PYTHONPATH
+    sys.path += [str(ROOT / name) for name in ("sm120", "tests", "tools/evidence")]  # after PYTHONPATH
     if sys.argv[1:2] == ["--once"]:
         print(json.dumps({"ours": ours, "theirs": theirs}[sys.argv[2]]()))
     else:

@@ -1,6 +1,6 @@
 """What the kernels cost, counted in their SASS, with the peer's beside them: tables and a picture in docs/performance/.
 
-    python tools/report.py [--out docs/performance] [--only ours|peer]
+    python tools/evidence/report.py [--out docs/performance] [--only ours|peer]
 
 Everything is per unit: 16 keys x 64 heads x 128 values of one query token, which is 32 FP8 or 16 FP4 MMAs of one warp.
 A kernel's cost is one turn of its innermost loop with MMAs, divided by the units in it: the turn with the most MMAs,
@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS, HEADS, ARCH = ("fp8", "fp4"), (16, 32, 64), "sm_120f"
 UNIT_MACS = 16 * 64 * 128
 REGISTERS, MOST_WARPS, SHARED = 65536, 48, 100 << 10  # of an SM
@@ -368,9 +368,8 @@ def main() -> None:
         show(console, title, rows)
     console.print(LEFT_OUT)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = [
-        f"# The kernels in SASS\n\n`python tools/report.py`, {datetime.date.today()}.\n\n{__doc__.split(chr(10), 4)[4]}"
-    ]
+    command = f"`python tools/evidence/report.py`, {datetime.date.today()}."
+    text = [f"# The kernels in SASS\n\n{command}\n\n{__doc__.split(chr(10), 4)[4]}"]
     text += [f"## {title}\n\n{markdown(rows)}\n" for title, rows in sections.items()]
     text += ["![bounds](sass.png)\n", LEFT_OUT + "\n"]
     (arguments.out / "sass.md").write_text("\n".join(text))

@@ -1,6 +1,6 @@
 """Ours and the peer's kernels on the same inputs, in the emulator: the same logits, and what each executes.
 
-python tools/sidebyside.py           prints the tables and writes docs/performance/sidebyside.md
+python tools/evidence/sidebyside.py           prints the tables and writes docs/performance/sidebyside.md
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-sys.path.append(str(Path(__file__).parent.parent / "sm120"))
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("tests", "sm120")]
 
 import peer
 from problems import Paged, Ragged
@@ -22,7 +20,7 @@ import deep_gemm
 from deep_gemm.sm120.emulator import Buffer, Counters, Module, recording
 from deep_gemm.sm120.emulator.counters import CLASSES
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance" / "sidebyside.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "performance" / "sidebyside.md"
 PEER_SLOTS = 8  # persistent blocks of the peer's kernels
 
 
@@ -113,8 +111,8 @@ ROWS = {"paged": 4, "ragged": 32}
 HEADER = f"""\
 # Ours and the peer's, executed
 
-`python tools/sidebyside.py`, {date.today()}. Both run in the emulator on the same inputs; the logits agree with float64
-to 1e-6.
+`python tools/evidence/sidebyside.py`, {date.today()}. Both run in the emulator on the same inputs; the logits agree
+with float64 to 1e-6.
 
 The peer is the SM120 kernels of sgl-deep-gemm 0.2.3.post2. {HEADS} heads of 128, {PEER_SLOTS} SMs. Paged:
 {ROWS["paged"]} requests of about {KEYS} keys, in pages of 64. Ragged: {ROWS["ragged"]} causal rows to key {KEYS}.

@@ -1,0 +1,186 @@
+"""The arguments that several functions take, checked alike in all of them, and the two generations of callers.
+
+Functions are named after what they check; what a kernel needs to know of it is what they return. Every error is an
+ArgumentError, which is a RuntimeError, raised before anything is launched or written.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checks
+from .checks import Open, refuse
+
+DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
+E4M3, PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
+INT32, FP32, REAL = (torch.int32,), (torch.float32,), (torch.float32, torch.bfloat16)
+LARGEST_PAGE = 2**16
+
+_ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
+_BATCH, _NEXT_N, _ROWS, _HEADS = Open("batch"), Open("next_n"), Open("seq_len"), Open("heads")
+_QUERY = {  # (dimensions, fp4) -> shape
+    (4, False): (_BATCH, _NEXT_N, _HEADS, Open("dim")),
+    (4, True): (_BATCH, _NEXT_N, _HEADS, Open("dim / 2")),
+    (3, False): (_ROWS, _HEADS, Open("dim")),
+    (3, True): (_ROWS, _HEADS, Open("dim / 2")),
+}
+_PAGES, _BLOCK_KV, _COLUMNS, _SLOTS, _KEYS = map(Open, ("pages", "block_kv", "columns", "num_sms + 1", "seq_len_kv"))
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Query(NamedTuple):
+    """Checked queries: values [..., heads, row bytes], scales (FP4 alone has them) [..., heads]."""
+
+    fp4: bool
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    device: torch.device
+    shape: torch.Size  # of the values
+    heads: int
+    dim: int
+
+
+def query(q: Any, dimensions: int) -> Query:
+    """The queries in `q`: FP4 if scales come with the values. `dimensions` of the values: 4 paged, 3 ragged."""
+    values, scales = q if isinstance(q, (tuple, list)) and len(q) == 2 else (q, None)
+    fp4 = scales is not None
+    if not isinstance(values, torch.Tensor):
+        refuse("q", q, "a tensor, (tensor, None) or (tensor, scales)")
+    if not (values.is_cpu or values.is_cuda):
+        refuse("q", values, "a tensor on the CPU or a CUDA device")
+    device = values.device
+    checks.contiguous("q", checks.tensor("q", values, PACKED_E2M1 if fp4 else E4M3, _QUERY[dimensions, fp4], device))
+    shape = values.shape
+    heads, dim = shape[-2], shape[-1] * 2 if fp4 else shape[-1]
+    if heads % 8 or not 8 <= heads <= 64:
+        refuse("q", values, "8, 16, ... 64 heads")
+    if dim not in DIMS[fp4]:
+        refuse("q", values, f"a head dim among {DIMS[fp4]} in {'FP4' if fp4 else 'FP8'}")
+    if fp4:
+        checks.contiguous("q scales", checks.tensor("q scales", scales, INT32, shape[:-1], device))
+    return Query(fp4, values, scales, device, shape, heads, dim)
+
+
+def weights(weights: Any, rows: int, heads: int, device: torch.device) -> torch.Tensor:
+    """`weights`, fp32 or bf16 [rows, heads], of any row stride."""
+    checks.tensor("weights", weights, REAL, (rows, heads), device)
+    if weights.stride()[1] != 1:
+        refuse("weights", weights, "stride 1 in the last dimension")
+    return weights
+
+
+def key_pages(kv_cache: Any, row_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Keys of a page and bytes from page to page, of a cache uint8 [pages, block_kv, 1, row_bytes + 4]."""
+    checks.tensor("kv_cache", kv_cache, (torch.uint8,), (_PAGES, _BLOCK_KV, 1, row_bytes + 4), device)
+    pages, page, _, _ = kv_cache.shape
+    if page % 16 or not 16 <= page <= LARGEST_PAGE:
+        refuse("kv_cache", kv_cache, f"pages of a multiple of 16 keys, up to {LARGEST_PAGE}")
+    page_bytes = page * (row_bytes + 4)
+    page_stride, row_stride, _, byte_stride = kv_cache.stride()
+    if pages <= 1:
+        page_stride = page_bytes
+    whole = row_stride == row_bytes + 4 and byte_stride == 1
+    if not whole or not page_bytes <= page_stride < 2**32 or page_stride % 4:
+        refuse("kv_cache", kv_cache, f"whole pages, a multiple of 4 bytes and at least {page_bytes} apart")
+    return page, page_stride
+
+
+def block_table(block_table: Any, rows: int, device: torch.device) -> torch.Tensor:
+    """`block_table`, int32 [rows, columns], of any row stride, zero too, that keeps it within 2^31 entries."""
+    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device)
+    table_stride, entry_stride = block_table.stride()
+    if entry_stride != 1 and block_table.shape[1] > 1 or rows * table_stride >= 2**31:
+        refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
+    return block_table
+
+
+def lengths(
+    context_lens: Any, device: torch.device | None = None, batch: int | Open = _BATCH, next_n: int | Open = _NEXT_N
+) -> torch.Tensor:
+    """`context_lens`, contiguous int32 [batch] or [batch, next_n]; without `device`, on any."""
+    one_dimensional = False
+    if isinstance(context_lens, torch.Tensor):
+        one_dimensional = context_lens.dim() == 1
+        device = context_lens.device if device is None else device
+    checks.tensor("context_lens", context_lens, INT32, (batch,) if one_dimensional else (batch, next_n), device)
+    return checks.contiguous("context_lens", context_lens)
+
+
+def indices(indices: Any, context_lens: torch.Tensor) -> None:
+    """None, or int32 [batch] where `context_lens` have one token a row."""
+    if indices is None:
+        return
+    checks.tensor("indices", indices, INT32, context_lens.shape[:1], context_lens.device)
+    if context_lens.dim() == 2 and context_lens.shape[1] != 1:
+        refuse("context_lens", context_lens, "next_n = 1 where indices are given")
+
+
+def schedule(schedule_meta: Any, device: torch.device) -> int:
+    """Slots of a schedule, contiguous int32 [slots + 1, 2]."""
+    checks.tensor("schedule_meta", schedule_meta, INT32, (_SLOTS, 2), device)
+    slots = schedule_meta.shape[0] - 1
+    if slots < 1 or not schedule_meta.is_contiguous():
+        refuse("schedule_meta", schedule_meta, "a contiguous tensor [num_sms + 1, 2]")
+    return slots
+
+
+def key_run(kv: Any, fp4: bool, row_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [seq_len_kv, row_bytes] and their scales [seq_len_kv] in `kv`: e4m3 and fp32, or packed e2m1 and int32."""
+    if not isinstance(kv, (tuple, list)) or len(kv) != 2:
+        refuse("kv", kv, "(keys, scales)")
+    keys, scales = kv
+    checks.contiguous("kv", checks.tensor("kv", keys, PACKED_E2M1 if fp4 else E4M3, (_KEYS, row_bytes), device))
+    checks.tensor("kv scales", scales, INT32 if fp4 else FP32, keys.shape[:1], device)
+    return keys, checks.contiguous("kv scales", scales)
+
+
+def bounds(starts: Any, ends: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The bounds of each row's keys by name, contiguous int32 [rows] both."""
+    named = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
+    for name, bound in named.items():
+        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device))
+    return named
+
+
+def output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) -> torch.Tensor:
+    """Where the logits go, fp32 or bf16 [rows, columns]: `out`, or, if it is None, a tensor whose rows are a multiple
+    of 1024 bytes apart."""
+    if dtype not in REAL:
+        refuse("logits_dtype", dtype, "torch.float32 or torch.bfloat16")
+    if out is not None:
+        checks.tensor("out", out, (dtype,), (rows, columns), device)
+        row_stride, column_stride = out.stride()
+        if columns > 1 and column_stride != 1 or rows > 1 and row_stride < columns:
+            refuse("out", out, "stride 1 in the last dimension and rows that do not overlap")
+        return out
+    per_row = _ROW_BYTES // dtype.itemsize
+    return torch.empty((rows, -(-columns // per_row) * per_row), dtype=dtype, device=device)[:, :columns]
+
+
+# ---- two generations of callers -------------------------------------------------------------------------------------
+# sgl-deep-gemm 0.2.3 and DeepGEMM's main; sgl-deep-gemm 0.2.5 and vLLM. They differ in what comes after
+# `max_context_len` and after the bounds; the types tell them apart, and what fits neither is refused.
+
+
+def of_either_generation(clean_logits: Any, indices: Any) -> tuple[bool, Any]:
+    """`clean_logits` and `indices` of a paged call; the second generation has `indices` in the first's place."""
+    if isinstance(clean_logits, bool):
+        return clean_logits, indices
+    if clean_logits is not None and not isinstance(clean_logits, torch.Tensor):
+        refuse("clean_logits", clean_logits, "a bool, or, in its place, indices: a tensor or None")
+    if indices is not None:
+        refuse("indices", indices, "to be given once; a tensor stands in the place of clean_logits already")
+    return False, clean_logits
+
+
+def of_either_generation_ragged(clean_logits: Any, max_seqlen_k: Any) -> tuple[bool, Any]:
+    """`clean_logits` and `max_seqlen_k` of a ragged call; the second generation has `max_seqlen_k` in the first's
+    place."""
+    if isinstance(clean_logits, bool):
+        return clean_logits, max_seqlen_k
+    if not isinstance(clean_logits, int):
+        refuse("clean_logits", clean_logits, "a bool, or, in its place, max_seqlen_k: an int")
+    if max_seqlen_k != 0:
+        refuse("max_seqlen_k", max_seqlen_k, "to be given once; an int stands in the place of clean_logits already")
+    return False, clean_logits

@@ -1,0 +1,140 @@
+"""Logits against a paged key cache, and the schedule that they work by."""
+
+import torch
+
+from . import arguments, checks, jit
+from .checks import refuse
+from .kernels import clean, logits, metadata
+from .kernels.windows import windows_of_lengths
+
+
+def get_paged_mqa_logits_metadata(
+    context_lens: torch.Tensor, block_kv: int, num_sms: int, indices: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Plans paged logits: which 256-key splits of which rows each of `num_sms` blocks takes.
+
+    context_lens  int32 [batch] or [batch, next_n], contiguous: keys of each row; a row is as long as its longest token
+    block_kv      keys of a page, a multiple of 16
+    num_sms       slots to plan for
+    indices       int32 [batch]: which sequence each row belongs to; checked only, since rows are planned one by one
+
+    Returns int32 [num_sms + 1, 2]: slot j works from entry j, (row, split), up to entry j + 1, in the list of all
+    splits, rows in order. With T splits the first num_sms - T % num_sms slots get T // num_sms of them, the others one
+    more; past the last split an entry is (batch, 0). Any batch size; graph-safe.
+    """
+    arguments.lengths(context_lens)
+    if checks.integer("block_kv", block_kv, 16, arguments.LARGEST_PAGE) % 16:
+        refuse("block_kv", block_kv, "a multiple of 16")
+    checks.integer("num_sms", num_sms, 1, 2**24)
+    arguments.indices(indices, context_lens)
+    schedule = torch.empty((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
+    metadata.plan(context_lens, schedule)
+    return schedule
+
+
+def fp8_paged_mqa_logits(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    schedule_meta: torch.Tensor,
+    max_context_len: int,
+    clean_logits: bool = False,
+    indices: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of FP8 queries against a paged FP8 key cache, in fp32.
+
+    As `fp8_fp4_paged_mqa_logits` with an e4m3 `q`.
+    """
+    clean_logits, indices = arguments.of_either_generation(clean_logits, indices)
+    query = arguments.query(q, 4)
+    if query.fp4:
+        refuse("q", q, "e4m3; fp8_fp4_paged_mqa_logits takes FP4")
+    return _paged(
+        query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+        clean_logits, torch.float32, indices, out,
+    )  # fmt: skip
+
+
+def fp8_fp4_paged_mqa_logits(
+    q: torch.Tensor | arguments.Pair,
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    schedule_meta: torch.Tensor,
+    max_context_len: int,
+    clean_logits: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    indices: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of FP8 or FP4 queries against a paged key cache.
+
+    q                FP8: e4m3 [batch, next_n, heads, dim], alone or as (q, None)
+                     FP4: (int8 [batch, next_n, heads, dim / 2], int32 [batch, next_n, heads])
+                     heads: multiples of 8 up to 64; dim: FP8 32, 64, 128, FP4 64, 128; next_n: any
+    kv_cache         uint8 [pages, block_kv, 1, row + 4], row = dim or dim / 2 bytes. A page holds all its values
+                     (block_kv x row bytes), then all its scales (block_kv x 4 bytes: fp32, or the packed UE8M0 word).
+                     stride(0) may exceed the page; block_kv: multiples of 16
+    weights          fp32 or bf16 [batch * next_n, heads]
+    context_lens     int32 [batch, next_n]: token i of row b sees keys [0, context_lens[b, i]); or [batch]: it sees
+                     context_lens[b] - next_n + i + 1 of them. Zero is fine
+    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never followed
+    schedule_meta    int32 [slots + 1, 2], from `get_paged_mqa_logits_metadata` or any planner with the same contract
+    max_context_len  columns of the result; no row is longer
+    clean_logits     -inf past each row's length; otherwise what lies there is not touched
+    logits_dtype     float32 or bfloat16
+    indices          int32 [batch]: which sequence each row belongs to (next_n is 1); the result does not depend on it
+    out              a tensor of the result's shape and dtype, of any row stride, that is written and returned
+
+    Returns [batch * next_n, max_context_len], a view whose rows are a multiple of 1024 bytes apart.
+    As the eighth positional argument a tensor or None is `indices` (sgl-deep-gemm 0.2.5, vLLM).
+    """
+    clean_logits, indices = arguments.of_either_generation(clean_logits, indices)
+    query = arguments.query(q, 4)
+    return _paged(
+        query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+        clean_logits, logits_dtype, indices, out,
+    )  # fmt: skip
+
+
+def _paged(
+    query: arguments.Query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+    clean_logits, logits_dtype, indices, out,
+) -> torch.Tensor:  # fmt: skip
+    fp4, values, scales, device, (batch, next_n, _, row_bytes), heads, dim = query
+
+    page, page_stride = arguments.key_pages(kv_cache, row_bytes, device)
+    arguments.weights(weights, batch * next_n, heads, device)
+    arguments.lengths(context_lens, device, batch, next_n)
+    arguments.block_table(block_table, batch, device)
+    slots = arguments.schedule(schedule_meta, device)
+    checks.integer("max_context_len", max_context_len)
+    checks.boolean("clean_logits", clean_logits)
+    arguments.indices(indices, context_lens)
+    if indices is not None and next_n != 1:
+        refuse("q", values, "next_n = 1 where indices are given")
+    out = arguments.output(out, batch * next_n, max_context_len, logits_dtype, device)
+    if out.numel() == 0:
+        return out
+
+    config = logits.configure(
+        jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
+        logits.few_rows(batch, slots), logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),
+    )  # fmt: skip
+    # No key lies past what the table's columns hold, or in a cache without pages.
+    limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0
+    windows = windows_of_lengths(context_lens, next_n, limit)
+    logits.paged(
+        config, slots,
+        query=values, query_scales=scales, weights=weights, kv_cache=kv_cache, page_stride=page_stride,
+        block_table=block_table, schedule_meta=schedule_meta, context_lens=context_lens, windows=windows, out=out,
+    )  # fmt: skip
+    if clean_logits:
+        clean.clean(out, windows, {"context_lens": context_lens})
+    return out
