@@ -125,7 +125,8 @@ def _paged(
 
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
-        logits.few_rows(batch, slots), logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),
+        few := logits.few_rows(batch, slots), logits.together(next_n) if few else 1,
+        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),
     )  # fmt: skip
     # No key lies past what the table's columns hold, or in a cache without pages.
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0

@@ -68,7 +68,7 @@ def _kernels(
     )
     kernels = [clean.kernel(logits_dtype)]
     if paged:
-        kernels += [metadata.KERNEL, *(config(page=block_kv, few_rows=few).kernel for few in (True, False))]
+        kernels += [*metadata.KERNELS, *(config(page=block_kv, few_rows=few).kernel for few in (True, False))]
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels

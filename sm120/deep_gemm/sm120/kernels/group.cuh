@@ -34,23 +34,22 @@ struct Group {
     template <int kN, class Params>
     __device__ static Loop<kN> prepare(const Params& p, const Share<kN>& share, const Source& source, bool compressed,
                                        const Lane& lane) {
-        const int zero = p.windows.rows >> 31;         // unknown to the compiler
+        const uint32 zero = p.windows.rows >> 31;      // unknown to the compiler
         Loop<kN> loop{lane, share.step, Source::last_key(share.end, p.windows.limit), zero, source};
         #pragma unroll
         for (int i = 0; i < kN; ++i) loop.sinks[i].open(p.output, share.tokens[i], share.windows[i], compressed);
         return loop;
     }
 
-    // `source` is open; `there` says whether it knows its places already. Else queries come first, in the meantime. Returns
-    // the tile that follows the last one.
+    // `source` is open; `there` says whether it knows its places already. Else queries come first, in the meantime.
     template <int kN, class Params>
-    __device__ static int score(const Params& p, const Share<kN>& share, const Source& source, bool there, bool compressed,
+    __device__ static void score(const Params& p, const Share<kN>& share, const Source& source, bool there, bool compressed,
                                 const Lane& lane) {
         Loop<kN> loop = prepare(p, share, source, compressed, lane);
-        if (there) loop.fetch_first(share.tile);
+        if (there) loop.begin(share.tile);
         loop.load(p.queries, share.tokens);
-        if (!there) loop.fetch_first(share.tile);
-        return loop.run(share.tile, share.to);
+        if (!there) loop.begin(share.tile);
+        loop.run(share.tile, share.to);
     }
 
     // Keys 8 * unit to 8 * unit + 7 alone.
@@ -58,7 +57,7 @@ struct Group {
     __device__ static void score_eight(const Params& p, const Share<kN>& share, const Source& source, int unit,
                                        const Lane& lane) {
         Loop<kN> loop = prepare(p, share, source, false, lane);
-        loop.fetch_eight(unit);
+        loop.begin_eight(unit);
         loop.load(p.queries, share.tokens);
         loop.finish_eight(unit);
     }

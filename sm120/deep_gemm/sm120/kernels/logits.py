@@ -61,6 +61,7 @@ class Config:
 
     page       keys of a page; 0: ragged
     few_rows   paged: the grid shares out the tiles of all rows; else blocks take groups of rows
+    next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     """
 
@@ -72,6 +73,7 @@ class Config:
     weights: torch.dtype
     logits: torch.dtype
     few_rows: bool = False
+    next_n: int = 1
     alignment: int = 32
 
     @cached_property
@@ -84,17 +86,16 @@ class Config:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a warp: as many as fill 64 registers with queries. In a decode step keys are what there is to share out."""
-        if self.few_rows or not self.arch.startswith("sm_12"):
-            return 1
-        return max(1, min(4, 8192 // (self.heads * self.dim // (2 if self.fp4 else 1))))
+        """Of a warp: so many that what it takes to bring a key is worth the while, and, with few rows, as a row has."""
+        most = max(1, 32 // self.heads) if self.arch.startswith("sm_12") else 1
+        return min(most, self.next_n) if self.few_rows else most
 
     @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
             query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
-            return 12 if query > 4096 else 16
+            return 12 if query > 4096 or query == 4096 and (self.few_rows or self.tokens > 1) else 16
         return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
     @cached_property
@@ -121,7 +122,7 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
     if config.page:
         rows = "few" if config.few_rows else "many"
-        layout, page, header = "paged", f"_p{config.page}_{rows}", "paged.cuh"
+        layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
@@ -143,16 +144,29 @@ def few_rows(rows: int, slots: int) -> bool:
     return rows < slots and rows <= FEW_ROWS
 
 
+def together(next_n: int) -> int:
+    """How many tokens of a row it pays to take together, if there is room for them: 1, 2 or 4."""
+    return 4 if next_n % 4 == 0 else 2 if next_n > 1 else 1
+
+
 def rows_per_group(config: Config, next_n: int) -> int:
     """How many neighbouring rows a block takes at once, where there are many."""
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
+@cache
 def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
-    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split to fill the chip."""
+    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split: so many that blocks fill
+    the chip a few times, and that the last time leaves few SMs idle (15% of a prefill's time otherwise, 25 Nov 2026)."""
     groups = -(-rows // min(32, config.warps * config.tokens))
-    parts = -(-_BLOCKS_PER_SM * num_sms // groups)
-    return groups, max(1, min(parts, -(-keys // (TILE * config.warps)), 65535))
+    most = max(1, min(-(-keys // (TILE * config.warps)), 65535))
+    fewest = min(most, -(-_BLOCKS_PER_SM * num_sms // groups))
+
+    def idle(parts: int) -> float:
+        return -(groups * parts) % num_sms / (groups * parts)
+
+    choices = range(fewest, min(most, 4 * fewest + 3) + 1)
+    return groups, next((parts for parts in choices if idle(parts) < 0.03), min(choices, key=idle))
 
 
 def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out) -> None:

@@ -21,8 +21,6 @@ struct MetadataParams {
 };
 static_assert(sizeof(MetadataParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
 constexpr int kSplit = 256;
 
 __device__ inline int scan_warp(int x, int lane) {
@@ -35,13 +33,17 @@ __device__ inline int scan_warp(int x, int lane) {
 }
 
 // The sum of `x` over this thread and those before it.
+template <int kWarps>
 __device__ inline int scan_block(int x, int (&warp_sums)[kWarps]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     x = scan_warp(x, lane);
     __syncthreads();         // the last call's sums have been read
     if (lane == 31) warp_sums[warp] = x;
     __syncthreads();
-    if (warp == 0) warp_sums[lane] = scan_warp(warp_sums[lane], lane);
+    if (warp == 0) {
+        const int sum = scan_warp(lane < kWarps ? warp_sums[lane] : 0, lane);
+        if (lane < kWarps) warp_sums[lane] = sum;
+    }
     __syncthreads();
     return warp > 0 ? x + warp_sums[warp - 1] : x;
 }
@@ -50,7 +52,9 @@ __device__ inline int splits_of(const Windows& windows, int row) {
     return row < windows.rows ? (windows.longest(row) + kSplit - 1) / kSplit : 0;
 }
 
+template <int kThreads>
 __device__ inline void plan(const MetadataParams& p) {
+    constexpr int kWarps = kThreads / 32;
     __shared__ int warp_sums[kWarps], sums[kThreads];
     ptx::griddepcontrol();
     const int thread = threadIdx.x, rows = p.windows.rows;

@@ -38,22 +38,21 @@ struct Paged {
 
     static constexpr int kRowsPerLane = 4;             // so at most 128
 
-    __device__ static int tiles_of(const PagedParams& p, int row) {
-        return row < p.windows.rows ? (max(p.windows.longest(row), 0) + kTile - 1) / kTile : 0;
-    }
+    __device__ static int tiles_of(int keys) { return (keys + kTile - 1) / kTile; }
 
-    // The warp's tokens of `row`, and tiles from `tile` on, each `step` further, below `to`.
-    __device__ static Share<kTokens> share_of(const PagedParams& p, int row, int set, int tile, int step, int to) {
+    // The warp's tokens of `row`, the longest of which sees `keys` keys, and tiles from `tile` on, each `step` further,
+    // below `to`.
+    __device__ static Share<kTokens> share_of(const PagedParams& p, int row, int keys, int set, int tile, int step, int to) {
         Share<kTokens> share{{}, {}, row, 0, tile, step, to};
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const int n = min(set * kTokens + i, p.windows.next_n - 1);
             share.tokens[i] = row * p.windows.next_n + n;
-            share.windows[i] = p.windows.of(share.tokens[i]);
+            share.windows[i] = p.windows.next_n == 1 ? Window{0, keys} : p.windows.of(share.tokens[i]);
             share.end = max(share.end, share.windows[i].end);
             if (set * kTokens + i > n) share.windows[i].end = 0;                   // the last token again, for nobody
         }
-        share.to = min(to, (share.end + kTile - 1) / kTile);
+        share.to = min(to, tiles_of(share.end));
         return share;
     }
 
@@ -63,69 +62,76 @@ struct Paged {
     __device__ static void run_few(const PagedParams& p) {
         ptx::griddepcontrol();
         const Lane lane;
-        const int warp = threadIdx.x / 32, block = blockIdx.x, slots = gridDim.x;
-        const int sets = (p.windows.next_n + kTokens - 1) / kTokens;
-        const int shares = sets == 1 ? kWarps : max(1, kWarps / sets), share = sets == 1 ? warp : warp / sets;
-        if (share >= shares) return;
-        int set = warp - share * sets;
-        const bool one_row = p.windows.rows == 1;
+        // How far in the list this warp has come, and its set of tokens; all else is worked out anew when a row ends:
+        // registers are dearer.
+        for (int come = 0, turn = 0;;) {
+            const int warp = threadIdx.x / 32, block = blockIdx.x, slots = gridDim.x;
+            const int sets = (p.windows.next_n + kTokens - 1) / kTokens;
+            const int shares = sets == 1 ? kWarps : max(1, kWarps / sets), share = sets == 1 ? warp : warp / sets;
+            const int set = warp - share * sets + turn * kWarps;       // more tokens than warps take turns
+            if (share >= shares || set >= sets) return;
+            const bool one_row = p.windows.rows == 1;
 
-        int tiles[kRowsPerLane], mine = 0, end = 0;    // of this lane's rows, and where they end in the list
-        int item = block + slots * share, step = slots * shares, to;
-        Source source(p.keys, 0);
-        if (one_row) {
-            if (item * 8 >= p.windows.limit) return;
-            Source source_of_eight = source;
-            source_of_eight.open(item / 4, 0, p.windows.limit - 1, lane);
-            source.open(item, step, p.windows.limit - 1, lane);
-            to = tiles_of(p, 0);
-            // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
-            if (to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
-                const Share<kTokens> work = share_of(p, 0, set, item, step, to);
-                if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
-                return;
-            }
-        } else {
-            #pragma unroll
-            for (int i = 0; i < kRowsPerLane; ++i) mine += tiles[i] = tiles_of(p, kRowsPerLane * lane.id + i);
-            end = mine;
-            #pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int before = __shfl_up_sync(kAllLanes, end, distance);
-                if (lane.id >= distance) end += before;
-            }
-            const uint32 total = __shfl_sync(kAllLanes, end, 31);
-            uint32 piece = __umulhi(total, p.slots_inverse);
-            if (total - piece * slots >= slots) ++piece;
-            const int longer = total - piece * slots;
-            item = piece * block + min(block, longer) + share;
-            to = piece * (block + 1) + min(block + 1, longer);
-            step = shares;
-        }
-        while (item < to) {
-            int row = 0, first = 0, limit = to;
-            if (!one_row) {
-                const int at = __ffs(__ballot_sync(kAllLanes, end > item)) - 1;    // the lane that has its row
+            int row = 0, first = 0, length, item = block + slots * share, step = slots * shares, to;
+            Source source(p.keys, 0);
+            if (one_row) {
+                if (item * 8 >= p.windows.limit) return;
+                Source source_of_eight = source;
+                source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
+                source.open(item, step, p.windows.limit - 1, lane);
+                length = max(p.windows.longest(0), 0);
+                to = tiles_of(length);
+                // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
+                if (sets <= kWarps && to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
+                    const Share<kTokens> work = share_of(p, 0, length, set, item, step, to);
+                    if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
+                    return;
+                }
+            } else {
+                int keys[kRowsPerLane], mine = 0;      // of this lane's rows, and their tiles
+                #pragma unroll
+                for (int i = 0; i < kRowsPerLane; ++i) {
+                    const int of = kRowsPerLane * lane.id + i;
+                    keys[i] = of < p.windows.rows ? max(p.windows.longest(of), 0) : 0;
+                }
+                #pragma unroll
+                for (int i = 0; i < kRowsPerLane; ++i) mine += tiles_of(keys[i]);
+                int end = mine;                        // in the list
+                #pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2) {
+                    const int before = __shfl_up_sync(kAllLanes, end, distance);
+                    if (lane.id >= distance) end += before;
+                }
+                const uint32 total = __shfl_sync(kAllLanes, end, 31);
+                uint32 piece = __umulhi(total, p.slots_inverse);
+                if (total - piece * slots >= slots) ++piece;
+                const int longer = total - piece * slots;
+                item = piece * block + min(block, longer) + share + come;
+                to = piece * (block + 1) + min(block + 1, longer);
+                step = shares;
+                if (item >= to) return;
+                const int at = __ffs(__ballot_sync(kAllLanes, end > item)) - 1;        // the lane that has its row
                 first = __shfl_sync(kAllLanes, end - mine, at), row = kRowsPerLane * at;
-                int length = __shfl_sync(kAllLanes, tiles[0], at);
+                length = __shfl_sync(kAllLanes, keys[0], at);
                 #pragma unroll
                 for (int i = 1; i < kRowsPerLane; ++i) {
-                    const int next = __shfl_sync(kAllLanes, tiles[i], at);
-                    if (item >= first + length) first += length, length = next, row = kRowsPerLane * at + i;
+                    const int next = __shfl_sync(kAllLanes, keys[i], at);
+                    if (item >= first + tiles_of(length)) first += tiles_of(length), length = next, row = kRowsPerLane * at + i;
                 }
-                limit = min(to - first, length);
             }
-            const Share<kTokens> work = share_of(p, row, set, item - first, step, limit);
-            int next = work.tile;
+            const int limit = min(to - first, tiles_of(length));
+            const Share<kTokens> work = share_of(p, row, length, set, item - first, step, limit);
             if (work.tile < work.to) {
                 if (!one_row) source = Group::open(p, work, lane);
-                next = Group::score(p, work, source, one_row, false, lane);
+                Group::score(p, work, source, one_row, false, lane);
             }
-            set += kWarps;                             // more tokens than warps take turns
-            if (set < sets) continue;
-            set = warp - share * sets;
-            item = first + next;                       // what its tokens do not see is passed over
-            if (item < first + limit) item += (first + limit - item + step - 1) / step * step;
+            if (p.windows.next_n > kTokens * kWarps && set + kWarps < (p.windows.next_n + kTokens - 1) / kTokens) {
+                ++turn;
+                continue;
+            }
+            if (one_row) return;
+            turn = 0;
+            come += (limit - work.tile + step - 1) / step * step;
         }
     }
 

@@ -16,7 +16,7 @@ struct Stream {
     const Lane lane;
     const int step;              // from tile to tile
     const uint32 last_key;       // that may be read
-    const int never;             // 0
+    const uint32 never;          // 0, unknown to the compiler
     Source source;
     Scorer<Format, kHeads, kTokens, Weight> scorer;
     Sink sinks[kTokens];
@@ -90,15 +90,15 @@ struct Stream {
     }
 
     // Asks for the first tile.
-    __device__ void fetch_first(int tile) {
+    __device__ void begin(int tile) {
         source.locate(tile, step, last_key, lane);
         fetch<0, false>(tile);
         fetch<1, false>(tile);
         fetch_scale<false>(tile);
     }
 
-    // Tiles tile, tile + step, ... below `to`; the first one has been asked for. Returns the one that follows the last.
-    __device__ int run(int tile, int to) {
+    // Tiles tile, tile + step, ... below `to`; the first one has been asked for.
+    __device__ void run(int tile, int to) {
         if (tile + step < to) {
             #pragma unroll (kHeads * kTokens > 16 ? 1 : 2)   // with few heads it pays not to move what a turn hands on
             for (const int cut = to - 2 * step; tile < cut; tile += step) turn<Next::kWhole>(tile);
@@ -109,7 +109,7 @@ struct Stream {
     }
 
     // Eight keys alone, a quarter of a tile: unit 4 * tile + key tile.
-    __device__ void fetch_eight(int unit) {
+    __device__ void begin_eight(int unit) {
         const int tile = unit / 4, key = unit % 4 * 8;
         source.locate(tile, 0, last_key, lane);
         Format::load(words[0], source.template values<0, false>(tile, last_key, key + lane.g, 0, Format::lane_offset(lane)));
