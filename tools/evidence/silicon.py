@@ -40,6 +40,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import peer
+import silicon_report
 from substitute import COUNTS, FORMS, NATIVE, Tree, build_peer, number_pairs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -690,104 +691,6 @@ def measure(case, forms, trees, kernels, clock, pool, sms, dequantize) -> dict:
     return measured
 
 
-# ---- what it says ---------------------------------------------------------------------------------------------------
-
-TOLERANCE = 1e-5
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(statistics.fmean(logs)) if logs else math.nan
-
-
-def figures(report: dict, case: dict, form: str, us: float) -> dict[str, float]:
-    """What a time means, next to what the card can do."""
-    return {
-        "above": us - report["empty_us"],
-        "copy": case["key_bytes"] / (us * 1e-6) / report["copy"],
-        "mma": case["mmas"] / (us * 1e-6) / report["mma"][form]["rate"],
-    }
-
-
-def worst(entry: dict) -> float:
-    """The largest distance between any two of ours, the peer's and float64."""
-    return max([*entry["off"].values(), *entry["apart"].values()], default=0.0)
-
-
-def summary(report: dict) -> list[str]:
-    lines = [
-        f"{report['device']}, {report['sms']} SMs, {report['date']}: an empty kernel {report['empty_us']:.2f} us, "
-        f"copy {report['copy'] * 1e-12:.2f} TB/s"
-    ]
-    for form, mma in report["mma"].items():
-        lines.append(
-            f"{form}: an MMA every {mma['interval']:.1f} clocks of a sub-partition, latency {mma['latency']:.1f}, "
-            f"{mma['rate'] * 1e-9:.1f} G/s"
-        )
-    for form, label in itertools.product(report["mma"], report["trees"]):
-        means = []
-        for kind in KINDS:
-            entries = [c["forms"][form] for c in report["cases"] if c["kind"] == kind and form in c["forms"]]
-            ratios = [entry["peer"] / entry["ours"][label] for entry in entries if entry["peer"]]
-            if ratios:
-                means.append(f"{kind} {geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        lines.append(f"{form}, {label}: the peer's time over ours, geometric mean (and range): " + ", ".join(means))
-    if report["missed"]:
-        lines.append(f"No time was left for {len(report['missed'])} cases: {', '.join(report['missed'])}")
-    return lines
-
-
-def print_report(report: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    for form in report["mma"]:
-        table = Table(title=form, box=None, pad_edge=False)
-        times = [*(f"{label} us" for label in report["trees"]), "peer us", "ratio", "above empty"]
-        for column in ("case", *times, "of copy", "of mma", "peer's", "off"):
-            table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
-        for case in report["cases"]:
-            if form in case["forms"]:
-                table.add_row(*row(report, case, form))
-        console.print(table)
-    console.print("\n".join(summary(report)), highlight=False)
-
-
-def row(report: dict, case: dict, form: str) -> list[str]:
-    """One row of the table; of several trees the last one's figures."""
-    entry = case["forms"][form]
-    last, theirs = entry["ours"][report["trees"][-1]], entry["peer"]
-    ours = figures(report, case, form, last)
-    return [
-        case["name"],
-        *(microseconds(us) for us in entry["ours"].values()),
-        microseconds(theirs) if theirs else "-",
-        f"{theirs / last:.2f}" if theirs else "-",
-        f"{ours['above']:.2f}",
-        f"{ours['copy']:.2f}" if case["kind"] == "decode" else "",
-        f"{ours['mma']:.2f}" if case["mmas"] else "",
-        f"{figures(report, case, form, theirs)['mma']:.2f}" if theirs and case["mmas"] else "",
-        f"{worst(entry):.0e}" if worst(entry) < TOLERANCE else f"WRONG {worst(entry):.1e}",
-    ]
-
-
-def microseconds(us: float) -> str:
-    return f"{us:.2f}" if us < 1000 else f"{us:.0f}"
-
-
-def print_compact(report: dict) -> None:
-    """One line a case: ours / the peer's time = the ratio, in each form. Then the means."""
-    for case in report["cases"]:
-        cells = []
-        for form, entry in case["forms"].items():
-            ours, theirs = [*entry["ours"].values()], entry["peer"] or math.nan
-            wrong = "" if worst(entry) < TOLERANCE else f" WRONG {worst(entry):.0e}"
-            cells.append(f"{form} {'>'.join(f'{t:.4g}' for t in ours)}/{theirs:.4g}={theirs / ours[-1]:.2f}{wrong}")
-        print(f"{case['name']}: " + "  ".join(cells))
-    print("\n".join(summary(report)))
-
-
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
@@ -857,7 +760,7 @@ def profile(case: Case, side: str, form: str, tree: Tree, built: Built) -> None:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.mode == "show":
-        return (print_compact if arguments.compact else print_report)(json.loads(arguments.folder.read_text()))
+        return silicon_report.show(json.loads(arguments.folder.read_text()), arguments.compact)
     on_card = torch.cuda.is_available() and arguments.mode != "build"
     arch = architecture() if on_card else "sm_90a"
     forms = arguments.forms or ([NATIVE] if arch.startswith("sm_12") else list(FORMS))
@@ -888,10 +791,9 @@ def main() -> None:
         return
 
     report = run(cases, forms, trees, built, arguments.limit)
-    (print_compact if arguments.compact else print_report)(report)
+    silicon_report.show(report, arguments.compact)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "silicon.json").write_text(json.dumps(report, indent=1))
+        silicon_report.write(report, arguments.out)
     print(f"{report['seconds']:.0f} s on the card")
 
 

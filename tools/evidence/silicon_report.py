@@ -1,0 +1,362 @@
+"""What silicon.json says: tables, the bars that ours is held to, a picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TOLERANCE = 1e-5  # relative norm
+KINDS = ("decode", "prefill", "ragged", "metadata")
+FORM_COLOURS = {"x1": "tab:blue", "x2": "tab:orange", "x2s": "tab:green", "native": "tab:blue"}
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case in one form. Of several source trees of ours the last one's."""
+
+    report: dict
+    case: dict
+    form: str
+
+    @property
+    def entry(self) -> dict:
+        return self.case["forms"][self.form]
+
+    @property
+    def name(self) -> str:
+        return self.case["name"]
+
+    @property
+    def ours(self) -> float:
+        return self.entry["ours"][self.report["trees"][-1]]
+
+    @property
+    def peer(self) -> float | None:
+        return self.entry["peer"]
+
+    @property
+    def ratio(self) -> float | None:
+        """The peer's time over ours."""
+        return self.peer / self.ours if self.peer else None
+
+    @property
+    def above_empty(self) -> float:
+        return self.ours - self.report["empty_us"]
+
+    @property
+    def of_copy(self) -> float | None:
+        """Bytes of keys a second, over a copy's bytes."""
+        bandwidth = self.case["key_bytes"] / (self.ours * 1e-6)
+        return bandwidth / self.report["copy"] if self.case["kind"] == "decode" else None
+
+    def of_mma(self, us: float | None) -> float | None:
+        """MMAs a second, over those of a loop of nothing else."""
+        return (
+            self.case["mmas"] / (us * 1e-6) / self.report["mma"][self.form]["rate"]
+            if us and self.case["mmas"]
+            else None
+        )
+
+    @property
+    def off(self) -> float:
+        """The largest distance between any two of ours, the peer's and float64."""
+        return max([*self.entry["off"].values(), *self.entry["apart"].values()], default=0.0)
+
+
+def results(report: dict, form: str, *kinds: str) -> list[Result]:
+    cases = (case for case in report["cases"] if form in case["forms"] and (not kinds or case["kind"] in kinds))
+    return [Result(report, case, form) for case in cases]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def summary(report: dict) -> list[str]:
+    lines = [
+        f"{report['device']}, {report['sms']} SMs, {report['date']}: an empty kernel {report['empty_us']:.2f} us, "
+        f"copy {report['copy'] * 1e-12:.2f} TB/s"
+    ]
+    for form, mma in report["mma"].items():
+        lines.append(
+            f"{form}: an MMA every {mma['interval']:.1f} clocks of a sub-partition, latency {mma['latency']:.1f}, "
+            f"{mma['rate'] * 1e-9:.1f} G/s"
+        )
+    for form, label in itertools.product(report["mma"], report["trees"]):
+        means = []
+        for kind in KINDS:
+            entries = [result.entry for result in results(report, form, kind) if result.peer]
+            ratios = [entry["peer"] / entry["ours"][label] for entry in entries]
+            if ratios:
+                means.append(f"{kind} {geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"{form}, {label}: the peer's time over ours, geometric mean (and range): {', '.join(means)}")
+    if report["missed"]:
+        lines.append(f"No time was left for {len(report['missed'])} cases: {', '.join(report['missed'])}")
+    return lines
+
+
+# ---- bars -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Every one of `values` is to be at least (or, `at_most`, at most) `limit`."""
+
+    what: str
+    form: str
+    limit: float
+    values: dict[str, float]  # by the case's name
+    at_most: bool = False
+
+    @property
+    def worst(self) -> str:
+        return (max if self.at_most else min)(self.values, key=self.values.get)
+
+    @property
+    def met(self) -> int:
+        return sum(value <= self.limit if self.at_most else value >= self.limit for value in self.values.values())
+
+    def row(self) -> list[str]:
+        wanted = f"{'at most' if self.at_most else 'at least'} {self.limit:g}"
+        met = "yes" if self.met == len(self.values) else f"{self.met} of {len(self.values)}"
+        return [self.what, self.form, wanted, met, f"{self.values[self.worst]:.2f}: {self.worst}"]
+
+
+def bars(report: dict) -> list[Bar]:
+    """What ours is to reach; those for which something was measured."""
+    return [bar for form in report["mma"] for bar in _bars(report, form) if bar.values]
+
+
+def _bars(report: dict, form: str) -> Iterator[Bar]:
+    def collect(
+        value: Callable[[Result], float | None], where: Callable[[dict], bool], *kinds: str
+    ) -> dict[str, float]:
+        found = {result.name: value(result) for result in results(report, form, *kinds) if where(result.case)}
+        return {name: number for name, number in found.items() if number is not None}
+
+    def ratio(result: Result) -> float | None:
+        return result.ratio
+
+    hard = form in ("x1", "native")
+    decode = collect(ratio, lambda case: True, "decode")
+    yield Bar("decode: the peer's time over ours", form, 1.0, decode)
+    if decode:
+        yield Bar("decode, geometric mean", form, 1.15, {f"{len(decode)} cases": geometric_mean([*decode.values()])})
+    if hard:
+        for limit, rows, keys, next_n in ((1.6, 1, 64, 1), (1.6, 1, 1024, 1), (2.8, 1, 16384, 1), (4.0, 1, 16384, 4)):
+            size = {"rows": rows, "keys": keys, "next_n": next_n, "heads": 64, "style": ""}
+            found = collect(
+                lambda result: result.above_empty, lambda case, size=size: size.items() <= case.items(), "decode"
+            )
+            name = f"{rows} x {keys}" + (f", next_n {next_n}" if next_n > 1 else "")
+            yield Bar(f"{name}: us above an empty kernel", form, limit, found, at_most=True)
+        large = collect(
+            lambda result: result.of_copy,
+            lambda case: case["rows"] * case["keys"] >= 1 << 20 and case["next_n"] == 1 and case["style"] == "",
+            "decode",
+        )
+        yield Bar("64 x 16K and larger: bytes of keys over the copy's", form, 1.0, large)
+    for fp4, paged in ((False, 1.5 if hard else 1.25), (True, 1.75 if hard else 1.5)):
+        name = "FP4" if fp4 else "FP8"
+        found = collect(ratio, lambda case, fp4=fp4: case["fp4"] is fp4, "prefill")
+        yield Bar(f"{name} paged prefill: the peer's time over ours", form, paged, found)
+        found = collect(ratio, lambda case, fp4=fp4: case["fp4"] is fp4 and case["heads"] > 16, "ragged")
+        yield Bar(f"{name} ragged: the peer's time over ours", form, 1.25 if hard else 1.0, found)
+    if not hard:
+        shares = collect(
+            lambda result: result.of_mma(result.ours), lambda case: case["heads"] > 16, "prefill", "ragged"
+        )
+        yield Bar("prefill and ragged: share of the MMA's rate", form, 0.8, shares)
+
+
+# ---- on the terminal ------------------------------------------------------------------------------------------------
+
+
+def show(report: dict, compact: bool = False) -> None:
+    """Prints all of it; compact: a line a case."""
+    if compact:
+        return print("\n".join([*map(one_line(report), report["cases"]), *summary(report)]))
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for form in report["mma"]:
+        table = Table(title=form, box=None, pad_edge=False)
+        times = [*(f"{label} us" for label in report["trees"]), "peer us", "ratio", "above empty"]
+        for column in ("case", *times, "of copy", "of mma", "peer's", "off"):
+            table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+        for result in results(report, form):
+            table.add_row(*row(result))
+        console.print(table)
+    table = Table("bar", "form", "wanted", "met", "worst", box=None, pad_edge=False)
+    for bar in bars(report):
+        table.add_row(*bar.row())
+    console.print(table)
+    console.print("\n".join(summary(report)), highlight=False)
+
+
+def row(result: Result) -> list[str]:
+    return [
+        result.name,
+        *map(microseconds, result.entry["ours"].values()),
+        microseconds(result.peer),
+        number(result.ratio),
+        number(result.above_empty),
+        number(result.of_copy),
+        number(result.of_mma(result.ours)),
+        number(result.of_mma(result.peer)),
+        f"{result.off:.0e}" if result.off < TOLERANCE else f"WRONG {result.off:.1e}",
+    ]
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def microseconds(us: float | None) -> str:
+    return "-" if us is None else f"{us:.2f}" if us < 100 else f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
+
+
+def one_line(report: dict) -> Callable[[dict], str]:
+    """A case's times, ours (of several trees each) / the peer's = the ratio."""
+
+    def line(case: dict) -> str:
+        cells = []
+        for form in case["forms"]:
+            result = Result(report, case, form)
+            ours = ">".join(f"{us:.4g}" for us in result.entry["ours"].values())
+            wrong = "" if result.off < TOLERANCE else f" WRONG {result.off:.0e}"
+            cells.append(f"{form} {ours}/{result.peer or math.nan:.4g}={result.ratio or math.nan:.2f}{wrong}")
+        return f"{case['name']}: " + "  ".join(cells)
+
+    return line
+
+
+# ---- on paper -------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+# Ours and the peer's on silicon
+
+`{command}`, {date}, {device}, {sms} SMs.
+
+The peer is the SM120 kernels of sgl-deep-gemm 0.2.3.post2; both sides are built from their sources for this card and
+run on the same inputs. Results are compared with float64 and with each other: no two are further apart than {off:.0e}
+in relative norm. A time is the median of 7 replays of a CUDA graph of launches that take turns over inputs in DRAM;
+schedules are made beforehand. An empty kernel in such a graph takes {empty_us:.2f} us, a copy moves {copy:.2f} TB/s.
+{forms}
+![the peer's time over ours](silicon.png)
+"""
+STANDIN = """\
+
+**This is no SM120 card.** In both sides a native MMA of the same operands stands in the place of each of SM120's, and
+everything around it is what is timed. SM120's own: one in 16 clocks of a sub-partition, a latency of 29 to 34.
+
+| form | in the place of one | clocks of a sub-partition | latency |
+| --- | --- | ---: | ---: |
+{rows}
+"""
+FORM_MEANING = {
+    "x1": "one: all else is pressed 2.5 times as hard as on SM120",
+    "x2": "two in a row on the same accumulators: a warp stalls within each pair",
+    "x2s": "two side by side on the same operands",
+}
+LEGEND = """\
+us are ours / the peer's in {form}, a ratio is the peer's time over ours. Above empty: ours, less an empty kernel. Copy:
+bytes of keys a second over a copy's. MMA: share of the MMA's rate, ours / the peer's{share}. n: query tokens of a
+request, h: heads, where not 1 and 64. varlen: the peer is told which rows are one sequence's; compressed: column 0 is a
+row's first key.
+"""
+
+
+def document(report: dict) -> str:
+    forms = [*report["mma"]]
+    mmas = "\n".join(
+        f"| {form} | {FORM_MEANING[form]} | {mma['interval']:.1f} | {mma['latency']:.1f} |"
+        for form, mma in report["mma"].items()
+        if form in FORM_MEANING
+    )
+    off = max((result.off for form in forms for result in results(report, form)), default=0)
+    copy, standin = report["copy"] * 1e-12, STANDIN.format(rows=mmas) if mmas else ""
+    facts = {key: report[key] for key in ("command", "date", "device", "sms", "empty_us")}
+    parts = [HEAD.format(**facts, off=off, copy=copy, forms=standin)]
+    rows = [["bar", "form", "wanted", "met", "worst"], *(bar.row() for bar in bars(report))]
+    parts.append("## Bars\n\n" + markdown(rows))
+    share = "" if len(forms) == 1 else f" in {forms[-1]}"
+    parts.append("## Cases\n\n" + LEGEND.format(form=forms[0], share=share))
+    for title, kinds, fp4 in (("FP8", KINDS[:3], False), ("FP4", KINDS[:3], True), ("Metadata", KINDS[3:], False)):
+        cases = [case for case in report["cases"] if case["kind"] in kinds and case["fp4"] is fp4]
+        if cases:
+            head = ["case", "us", *forms, "above empty", "copy", "MMA"]
+            rows = [paper_row(report, case, forms, forms[-1]) for case in cases]
+            parts.append(f"### {title}\n\n" + markdown([head, *rows]))
+    if report["missed"]:
+        parts.append(f"No time was left for: {', '.join(report['missed'])}.\n")
+    return "\n".join(parts)
+
+
+def paper_row(report: dict, case: dict, forms: list[str], shared: str) -> list[str]:
+    found = {form: Result(report, case, form) for form in forms if form in case["forms"]}
+    first, last = found[forms[0]], found.get(shared)
+    shares = [number(last.of_mma(us)) for us in (last.ours, last.peer)] if last and case["mmas"] else []
+    return [
+        case["name"].removeprefix("fp8 ").removeprefix("fp4 ").removeprefix("metadata "),
+        f"{microseconds(first.ours)} / {microseconds(first.peer)}",
+        *(number(found[form].ratio) if form in found else "" for form in forms),
+        number(first.above_empty),
+        number(first.of_copy),
+        " / ".join(shares),
+    ]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body]) + "\n"
+
+
+def draw(report: dict, path: Path) -> None:
+    """The ratio of every case, FP8 and FP4 beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"FP8": False, "FP4": True}
+    counts = [sum(case["fp4"] is fp4 for case in report["cases"]) for fp4 in panels.values()]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.17 * max(counts)), layout="constrained", sharex=True)
+    for axis, (title, fp4) in zip(axes, panels.items()):
+        cases = [case for case in report["cases"] if case["fp4"] is fp4]
+        for form in report["mma"]:
+            points = [(case["forms"][form]["peer"], y) for y, case in enumerate(cases) if form in case["forms"]]
+            ratios = [Result(report, cases[y], form).ratio for peer, y in points if peer]
+            places = [y for peer, y in points if peer]
+            axis.plot(ratios, places, "o", markersize=4, color=FORM_COLOURS[form], label=form)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=7)
+        axis.set_ylim(len(cases) - 0.5, -0.5)
+        axis.grid(axis="x", linewidth=0.4)
+        axis.set_title(f"{title}: the peer's time over ours", fontsize=10)
+    axes[0].legend(title="in the MMA's place", fontsize=8, loc="lower right")
+    figure.suptitle(f"{report['device']}, {report['date']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(report: dict, folder: Path) -> None:
+    """silicon.json; silicon.md and silicon.png where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "silicon.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "silicon.md").write_text(document(report))
+    try:
+        draw(report, folder / "silicon.png")
+    except ImportError:
+        print("no picture: matplotlib is not installed")
