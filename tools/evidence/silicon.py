@@ -539,12 +539,12 @@ class Clock:
 
 
 EMPTY = 'extern "C" __global__ void empty() {}'
-CHAINS = 8
+MMAS = 8  # in a turn of the loop, each with an operand of its own: else ptxas takes the second of x2s out of the loop
 PROBE = """
 #include "ptx.cuh"
 extern "C" __global__ __launch_bounds__(512, 1) void probe(long long* clocks, float* sink, int turns) {
-    uint32 a[%(chains)d][4], b[2];
-    for (int i = 0; i < 4 * %(chains)d; ++i) a[i / 4][i %% 4] = (threadIdx.x * 40503u + i * 2654435761u) & 0x3bff3bff;
+    uint32 a[8][4], b[2];
+    for (int i = 0; i < 32; ++i) a[i / 4][i %% 4] = (threadIdx.x * 40503u + i * 2654435761u) & 0x3bff3bff;
     for (int i = 0; i < 2; ++i) b[i] = (threadIdx.x * 2246822519u + i) & 0x3bff3bff;
     float sums[%(chains)d][4] = {};
     __syncthreads();
@@ -554,7 +554,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void probe(long long* clocks, fl
         const uint32 signs = uint32(turn) * 2654435761u & 0x80008000;
         const uint32 b0 = b[0] ^ signs, b1 = b[1] ^ signs;
         #pragma unroll
-        for (int c = 0; c < %(chains)d; ++c) ptx::mma_e4m3_block_scaled(sums[c], a[c], b0, b1, 0x7f7f7f7f);
+        for (int i = 0; i < 8; ++i) ptx::mma_e4m3_block_scaled(sums[i %% %(chains)d], a[i], b0, b1, 0x7f7f7f7f);
     }
     __syncthreads();
     const long long end = clock64();
@@ -579,7 +579,7 @@ def mma_figures(tree: Tree, form: str, sms: int, device: torch.device) -> dict[s
     sink = torch.zeros(sms * 512, device=device)
     turns, found = 4096, {}
     arguments = struct.pack("Q", clocks.data_ptr()), struct.pack("Q", sink.data_ptr()), struct.pack("i", turns)
-    for name, chains, threads in (("interval", CHAINS, 512), ("latency", 1, 32)):
+    for name, chains, threads in (("interval", MMAS, 512), ("latency", 1, 32)):
         call = Function("probe", probe(tree, form, chains)).bind((sms, 1, 1), threads, *arguments)
         call()
         torch.cuda.synchronize()
@@ -588,26 +588,23 @@ def mma_figures(tree: Tree, form: str, sms: int, device: torch.device) -> dict[s
         call()
         marks[1].record()
         torch.cuda.synchronize()
-        per_partition = turns * chains * max(1, threads // 128)
+        per_partition = turns * MMAS * max(1, threads // 128)
         found[name] = float(clocks.double().median()) / per_partition
         if name == "interval":
-            found["rate"] = sms * turns * chains * threads / 32 / (marks[0].elapsed_time(marks[1]) * 1e-3)
+            found["rate"] = sms * turns * MMAS * threads / 32 / (marks[0].elapsed_time(marks[1]) * 1e-3)
     return found
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a copy, read and written."""
-    source = torch.zeros(1 << 28, dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        marks[0].record()
-        target.copy_(source)
-        marks[1].record()
-        torch.cuda.synchronize()
-        times.append(marks[0].elapsed_time(marks[1]) * 1e-3)
-    return 2 * source.nbytes / statistics.median(times)
+def copy_times(clock: Clock, device: torch.device) -> dict[int, float]:
+    """Microseconds that a pass takes which reads and writes so many bytes in all, half of them each."""
+    times = {}
+    for size in (1 << n for n in range(16, 31, 2)):
+        sets = min(24, max(4, -(-(192 << 20) // size))) + 1
+        buffers = torch.zeros((sets, 2, size // 8), dtype=torch.int32, device=device)
+        times[size] = clock.time(
+            [functools.partial(torch.neg, a, out=b) for a, b in buffers], 24 if size < 1 << 26 else 12
+        )
+    return times
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -634,7 +631,7 @@ def run(cases: list[Case], forms: list[str], trees: list[Tree], built: Built, li
         "command": "python " + " ".join(["tools/evidence/silicon.py", *sys.argv[1:]]),
         "trees": [tree.label for tree in trees],
         "empty_us": empty_us,
-        "copy": copy_bandwidth(device),
+        "copy_us": copy_times(clock, device),
         "mma": {form: mma_figures(trees[0], form, sms, device) for form in forms},
         "cases": [],
         "missed": [],
@@ -738,7 +735,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=90, help="seconds after which no more cases are begun")
     parser.add_argument("--compact", action="store_true", help="one line a case")
     parser.add_argument(
-        "--out", type=Path, help="folder of the results; default: docs/performance, if all cases are run"
+        "--out",
+        type=Path,
+        help="folder of the results, or a file *.json; default: docs/performance, if nothing is left out",
     )
     arguments = parser.parse_args(words)
     if arguments.mode in ("run", "show") and arguments.folder is None:

@@ -54,9 +54,8 @@ class Result:
 
     @property
     def of_copy(self) -> float | None:
-        """Bytes of keys a second, over a copy's bytes."""
-        bandwidth = self.case["key_bytes"] / (self.ours * 1e-6)
-        return bandwidth / self.report["copy"] if self.case["kind"] == "decode" else None
+        """The time in which a copy moves the bytes of all keys, over ours."""
+        return copy_us(self.report, self.case["key_bytes"]) / self.ours if self.case["kind"] == "decode" else None
 
     def of_mma(self, us: float | None) -> float | None:
         """MMAs a second, over those of a loop of nothing else."""
@@ -72,6 +71,13 @@ class Result:
         return max([*self.entry["off"].values(), *self.entry["apart"].values()], default=0.0)
 
 
+def copy_us(report: dict, size: int) -> float:
+    """Of a copy that reads and writes `size` bytes in all, between those measured."""
+    sizes = [(int(bytes_), us) for bytes_, us in report["copy_us"].items()]
+    (x0, y0), (x1, y1) = next((pair for pair in itertools.pairwise(sizes) if size <= pair[1][0]), sizes[-2:])
+    return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+
+
 def results(report: dict, form: str, *kinds: str) -> list[Result]:
     cases = (case for case in report["cases"] if form in case["forms"] and (not kinds or case["kind"] in kinds))
     return [Result(report, case, form) for case in cases]
@@ -81,10 +87,16 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
+def bandwidth(report: dict) -> float:
+    """TB/s of the largest copy."""
+    size, us = [*report["copy_us"].items()][-1]
+    return int(size) / us * 1e-6
+
+
 def summary(report: dict) -> list[str]:
     lines = [
         f"{report['device']}, {report['sms']} SMs, {report['date']}: an empty kernel {report['empty_us']:.2f} us, "
-        f"copy {report['copy'] * 1e-12:.2f} TB/s"
+        f"a copy {bandwidth(report):.2f} TB/s"
     ]
     for form, mma in report["mma"].items():
         lines.append(
@@ -164,7 +176,7 @@ def _bars(report: dict, form: str) -> Iterator[Bar]:
             lambda case: case["rows"] * case["keys"] >= 1 << 20 and case["next_n"] == 1 and case["style"] == "",
             "decode",
         )
-        yield Bar("64 x 16K and larger: bytes of keys over the copy's", form, 1.0, large)
+        yield Bar("64 x 16K and larger: bytes of keys a second over a copy's", form, 1.0, large)
     for fp4, paged in ((False, 1.5 if hard else 1.25), (True, 1.75 if hard else 1.5)):
         name = "FP4" if fp4 else "FP8"
         found = collect(ratio, lambda case, fp4=fp4: case["fp4"] is fp4, "prefill")
@@ -251,7 +263,8 @@ HEAD = """\
 The peer is the SM120 kernels of sgl-deep-gemm 0.2.3.post2; both sides are built from their sources for this card and
 run on the same inputs. Results are compared with float64 and with each other: no two are further apart than {off:.0e}
 in relative norm. A time is the median of 7 replays of a CUDA graph of launches that take turns over inputs in DRAM;
-schedules are made beforehand. An empty kernel in such a graph takes {empty_us:.2f} us, a copy moves {copy:.2f} TB/s.
+schedules are made beforehand. An empty kernel in such a graph takes {empty_us:.2f} us, a large copy moves
+{copy:.2f} TB/s.
 {forms}
 ![the peer's time over ours](silicon.png)
 """
@@ -267,13 +280,13 @@ everything around it is what is timed. SM120's own: one in 16 clocks of a sub-pa
 FORM_MEANING = {
     "x1": "one: all else is pressed 2.5 times as hard as on SM120",
     "x2": "two in a row on the same accumulators: a warp stalls within each pair",
-    "x2s": "two side by side on the same operands",
+    "x2s": "two side by side, the second's sums dropped: what SM120 comes to",
 }
 LEGEND = """\
 us are ours / the peer's in {form}, a ratio is the peer's time over ours. Above empty: ours, less an empty kernel. Copy:
-bytes of keys a second over a copy's. MMA: share of the MMA's rate, ours / the peer's{share}. n: query tokens of a
-request, h: heads, where not 1 and 64. varlen: the peer is told which rows are one sequence's; compressed: column 0 is a
-row's first key.
+the time in which a copy moves as many bytes as all keys have, over ours. MMA: share of the MMA's rate, ours / the
+peer's{share}. n: query tokens of a request, h: heads, where not 1 and 64. varlen: the peer is told which rows are one
+sequence's; compressed: column 0 is a row's first key.
 """
 
 
@@ -285,7 +298,7 @@ def document(report: dict) -> str:
         if form in FORM_MEANING
     )
     off = max((result.off for form in forms for result in results(report, form)), default=0)
-    copy, standin = report["copy"] * 1e-12, STANDIN.format(rows=mmas) if mmas else ""
+    copy, standin = bandwidth(report), STANDIN.format(rows=mmas) if mmas else ""
     facts = {key: report[key] for key in ("command", "date", "device", "sms", "empty_us")}
     parts = [HEAD.format(**facts, off=off, copy=copy, forms=standin)]
     rows = [["bar", "form", "wanted", "met", "worst"], *(bar.row() for bar in bars(report))]
@@ -341,7 +354,9 @@ def draw(report: dict, path: Path) -> None:
             places = [y for peer, y in points if peer]
             axis.plot(ratios, places, "o", markersize=4, color=FORM_COLOURS[form], label=form)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=7)
+        axis.set_yticks(
+            range(len(cases)), [case["name"].removeprefix(f"{title.lower()} ") for case in cases], fontsize=7
+        )
         axis.set_ylim(len(cases) - 0.5, -0.5)
         axis.grid(axis="x", linewidth=0.4)
         axis.set_title(f"{title}: the peer's time over ours", fontsize=10)
@@ -351,12 +366,16 @@ def draw(report: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write(report: dict, folder: Path) -> None:
-    """silicon.json; silicon.md and silicon.png where matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "silicon.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "silicon.md").write_text(document(report))
+def write(report: dict, place: Path) -> None:
+    """Into a file *.json; or into a folder silicon.json, silicon.md and, where matplotlib is installed, silicon.png."""
+    text = json.dumps(report, indent=1) + "\n"
+    if place.suffix == ".json":
+        place.write_text(text)
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "silicon.json").write_text(text)
+    (place / "silicon.md").write_text(document(report))
     try:
-        draw(report, folder / "silicon.png")
+        draw(report, place / "silicon.png")
     except ImportError:
         print("no picture: matplotlib is not installed")

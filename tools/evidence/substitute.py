@@ -5,9 +5,9 @@ registers) and is native on SM80 to SM90. It reads the bytes of a row as pairs o
 its own, whatever the order of k: `sum over pairs of q[pair] * k[pair]`. Block scales play no part in it, but what loads
 them stays.
 
-    x1    one of them for each
+    x1    one of them for each: an interval and a latency of less than half of SM120's
     x2    two in a row on the same accumulators: near SM120's interval, but twice the latency. The product counts twice
-    x2s   one, and beside it a second of the same operands with fp16 sums, which are multiplied by zero and added: near
+    x2s   one, and beside it a second of the same operands with fp16 sums, which are multiplied by zero and added:
           SM120's interval and its latency, for one FFMA and two registers more
 
 The text of both sides' headers is edited in memory.
@@ -48,8 +48,8 @@ _BODIES = {
     "x1": _ONE,
     "x2": _ONE + _ONE,
     # ptxas merges two equal instructions, and drops one whose result is dead.
-    "x2s": "{ .reg .b32 y0, y1, zero; .reg .f32 y; mov.b32 zero, 0; " + _ONE + "mma.sync.aligned.m16n8k16.row.col.f16."
-    f"f16.f16.f16 {{y0, y1}}, {_A}, {_B}, {{zero, zero}}; mov.b32 y, y1; fma.rn.f32 %3, y, 0f00000000, %3; }} ",
+    "x2s": "{ .reg .b32 y0, y1, zero; .reg .f32 y; mov.b32 zero, 0; mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
+    f"{{y0, y1}}, {_A}, {_B}, {{zero, zero}}; mov.b32 y, y1; {_ONE}fma.rn.f32 %3, y, 0f00000000, %3; }} ",
 }
 # Of the MMAs of a tile of ours one looks at its scales, with a store that never happens: else ptxas drops their loads.
 _KEEP = (
