@@ -8,22 +8,21 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
-import torch
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tools" / "evidence"), str(ROOT / "tools")]
-
 import peer
+import pytest
 import sass
 import silicon
+import silicon_card
+import silicon_cases
 import silicon_report
 import substitute
-from silicon import Case
+import torch
+from silicon_cases import Case, Inputs, Pool, distance, error_against_float64
 from silicon_report import TOLERANCE, Result
 
 from deep_gemm.sm120.emulator import Buffer, Module
 
+ROOT = Path(__file__).parent.parent
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 FORMS = pytest.mark.parametrize("form", substitute.FORMS)
 SLOTS = 8
@@ -42,11 +41,11 @@ def wheel() -> None:
         pytest.skip(f"the peer's wheel cannot be fetched: {str(problem).splitlines()[0]}")
 
 
-def inputs(case: Case) -> silicon.Inputs:
-    return silicon.Pool(torch.device("cpu")).inputs(case)[1]
+def inputs(case: Case) -> Inputs:
+    return Pool(torch.device("cpu")).inputs(case)[1]
 
 
-def results(it: silicon.Inputs, call) -> torch.Tensor:
+def results(it: Inputs, call) -> torch.Tensor:
     it.logits.fill_(math.nan)
     call()
     return it.out.clone()
@@ -55,7 +54,7 @@ def results(it: silicon.Inputs, call) -> torch.Tensor:
 class Emulated:
     """In the place of `silicon.PeerKernels`: launches run in the emulator."""
 
-    def __init__(self, it: silicon.Inputs) -> None:
+    def __init__(self, it: Inputs) -> None:
         self.it = it
 
     def bind(self, launch: peer.Launch, form: str):
@@ -93,7 +92,7 @@ def test_ours_with_the_mma_replaced(form: str, fp4: bool, tree: substitute.Tree)
     for kind in ("decode", "ragged"):
         it = inputs(random_case(kind, fp4))
         got = results(it, silicon.our_call(tree, it, SLOTS))
-        assert silicon.error_against_float64(it, form, got, tree.reference.dequantize) < 1e-6
+        assert error_against_float64(it, form, got, tree.reference.dequantize) < 1e-6
 
 
 @pytest.mark.peer
@@ -108,8 +107,8 @@ def test_both_sides_agree(kind: str, fp4: bool, tree: substitute.Tree, wheel: No
         ours = results(it, silicon.our_call(tree, it, SLOTS))
         theirs = results(it, silicon.peer_call(Emulated(it), form, it, SLOTS))
         for got in (ours, theirs):
-            assert silicon.error_against_float64(it, form, got, tree.reference.dequantize) < 1e-6
-        assert silicon.distance(it, ours, theirs) < 1e-6
+            assert error_against_float64(it, form, got, tree.reference.dequantize) < 1e-6
+        assert distance(it, ours, theirs) < 1e-6
 
 
 @pytest.mark.peer
@@ -121,7 +120,7 @@ def test_native_form_is_the_real_thing(tree: substitute.Tree, wheel: None) -> No
         ours = results(it, silicon.our_call(tree, it, SLOTS))
         theirs = results(it, silicon.peer_call(Emulated(it), substitute.NATIVE, it, SLOTS))
         for got in (ours, theirs):
-            assert silicon.error_against_float64(it, substitute.NATIVE, got, tree.reference.dequantize) < 1e-6
+            assert error_against_float64(it, substitute.NATIVE, got, tree.reference.dequantize) < 1e-6
 
 
 def test_a_wrong_logit_shows(tree: substitute.Tree) -> None:
@@ -131,13 +130,13 @@ def test_a_wrong_logit_shows(tree: substitute.Tree) -> None:
     for value in (math.nan, float(right[1, 149]) + float(right[1, :150].norm()) * 1e-4):
         wrong = right.clone()
         wrong[1, 149] = value
-        assert not silicon.error_against_float64(it, "x1", wrong, tree.reference.dequantize) < TOLERANCE
-        assert not silicon.distance(it, wrong, right) < TOLERANCE
-    assert silicon.error_against_float64(it, "x2", right, tree.reference.dequantize) > 0.4
+        assert not error_against_float64(it, "x1", wrong, tree.reference.dequantize) < TOLERANCE
+        assert not distance(it, wrong, right) < TOLERANCE
+    assert error_against_float64(it, "x2", right, tree.reference.dequantize) > 0.4
 
 
 def test_pairs_of_bytes_are_fp16() -> None:
-    data = silicon.random_bytes(8, 64, torch.device("cpu"))
+    data = silicon_cases.random_bytes(8, 64, torch.device("cpu"))
     pairs = substitute.number_pairs(data)
     assert pairs.tolist() == [list(struct.unpack("<32e", bytes(row.tolist()))) for row in data]
     assert pairs.abs().min() >= 2**-3 and pairs.abs().max() < 2
@@ -188,11 +187,11 @@ def test_latencies_of_the_forms(tree: substitute.Tree) -> None:
     """Clocks between MMAs that depend on each other, by ptxas's own stall counts: with x2s as on SM120, 29 to 34."""
     clocks = {}
     for form in substitute.FORMS:
-        (function,) = sass.disassemble(silicon.probe(tree, form, 1)).values()
+        (function,) = sass.disassemble(silicon_card.probe(tree, form, 1)).values()
         turned = function.mma_loop().turn
         sums = [at for at, i in enumerate(turned) if i.name == "HMMA" and "F32" in i.modifiers]
-        first, last = sums[0], sums[-len(sums) // silicon.MMAS]  # of the first and of the last of MMAS
-        clocks[form] = sum(i.stall for i in turned[first:last]) / (silicon.MMAS - 1)
+        first, last = sums[0], sums[-len(sums) // silicon_card.MMAS]  # of the first and of the last of MMAS
+        clocks[form] = sum(i.stall for i in turned[first:last]) / (silicon_card.MMAS - 1)
     assert clocks["x1"] < 28 < clocks["x2s"] < 36 < 44 < clocks["x2"]
 
 
@@ -222,10 +221,10 @@ def test_trees_live_side_by_side(tmp_path: Path) -> None:
 
 
 def test_cases() -> None:
-    cases = silicon.plan()
+    cases = silicon_cases.plan()
     assert len({case.name for case in cases}) == len(cases)
     by_name = {case.name: case for case in cases}
-    assert {case.heads for case in cases} == {16, 32, 64} and {case.kind for case in cases} == set(silicon.KINDS)
+    assert {case.heads for case in cases} == {16, 32, 64} and {case.kind for case in cases} == set(silicon_cases.KINDS)
     assert {1, 2, 4, 8, 16, 64, 256, 1024} <= {case.rows for case in cases if case.kind == "decode"}
     decode = by_name["fp8 64 x 16K"]
     assert decode.key_bytes == 64 * 16384 * 132 and decode.mmas == 64 * 16384 // 8 * 4 * 4
@@ -244,7 +243,7 @@ def test_cases() -> None:
 def test_sets_of_inputs_share_nothing(kind: str) -> None:
     """No launch finds in L2 what another one of the graph has read."""
     case = Case("decode", True, 3, 200, style=kind) if kind == "mixed" else Case(kind, True, 3, 200)
-    sets = silicon.Pool(torch.device("cpu")).inputs(case)
+    sets = Pool(torch.device("cpu")).inputs(case)
     assert len(sets) == case.sets + 1
     if kind == "ragged":
         assert len({it.kv[0].data_ptr() for it in sets}) == len(sets)
@@ -274,7 +273,7 @@ def test_without_a_gpu_it_builds_and_says_what_it_would_run(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["silicon.py", "--case", "fp4 64 x 16K n4", "--forms", "x1,x2", "--heads", "64", "--into", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
-    silicon.main()
+    assert silicon.main() == 0
     printed = capsys.readouterr().out
     assert "No GPU here" in printed and printed.splitlines()[-1] == "  fp4 64 x 16K n4"
     built = silicon.Built(tmp_path)
@@ -290,7 +289,6 @@ def made_up_report() -> dict:
         "date": "2026-01-01",
         "device": "a card",
         "sms": 100,
-        "command": "it",
         "trees": ["before", "after"],
         "empty_us": 1.0,
     }
@@ -324,7 +322,7 @@ def test_report(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "silicon.png").stat().st_size > 10_000
     for more in ([], ["--compact"]):
         monkeypatch.setattr(sys, "argv", ["silicon.py", "show", str(tmp_path / "silicon.json"), *more])
-        silicon.main()
+        assert silicon.main() == 1
         assert "WRONG" in capsys.readouterr().out
 
 

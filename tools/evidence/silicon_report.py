@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from silicon_cases import KINDS
+
 TOLERANCE = 1e-5  # relative norm
-KINDS = ("decode", "prefill", "ragged", "metadata")
 FORM_COLOURS = {"x1": "tab:blue", "x2": "tab:orange", "x2s": "tab:green", "native": "tab:blue"}
 
 
@@ -40,13 +41,13 @@ class Result:
         return self.entry["ours"][self.report["trees"][-1]]
 
     @property
-    def peer(self) -> float | None:
+    def peer(self) -> float:
         return self.entry["peer"]
 
     @property
-    def ratio(self) -> float | None:
+    def ratio(self) -> float:
         """The peer's time over ours."""
-        return self.peer / self.ours if self.peer else None
+        return self.peer / self.ours
 
     @property
     def above_empty(self) -> float:
@@ -57,13 +58,10 @@ class Result:
         """The time in which a copy moves the bytes of all keys, over ours."""
         return copy_us(self.report, self.case["key_bytes"]) / self.ours if self.case["kind"] == "decode" else None
 
-    def of_mma(self, us: float | None) -> float | None:
+    def of_mma(self, us: float) -> float | None:
         """MMAs a second, over those of a loop of nothing else."""
-        return (
-            self.case["mmas"] / (us * 1e-6) / self.report["mma"][self.form]["rate"]
-            if us and self.case["mmas"]
-            else None
-        )
+        rate = self.case["mmas"] / (us * 1e-6)
+        return rate / self.report["mma"][self.form]["rate"] if self.case["mmas"] else None
 
     @property
     def off(self) -> float:
@@ -106,13 +104,13 @@ def summary(report: dict) -> list[str]:
     for form, label in itertools.product(report["mma"], report["trees"]):
         means = []
         for kind in KINDS:
-            entries = [result.entry for result in results(report, form, kind) if result.peer]
+            entries = [result.entry for result in results(report, form, kind)]
             ratios = [entry["peer"] / entry["ours"][label] for entry in entries]
             if ratios:
                 means.append(f"{kind} {geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"{form}, {label}: the peer's time over ours, geometric mean (and range): {', '.join(means)}")
     if report["missed"]:
-        lines.append(f"No time was left for {len(report['missed'])} cases: {', '.join(report['missed'])}")
+        lines.append(f"{len(report['missed'])} cases were not timed: {', '.join(report['missed'])}")
     return lines
 
 
@@ -155,7 +153,7 @@ def _bars(report: dict, form: str) -> Iterator[Bar]:
         found = {result.name: value(result) for result in results(report, form, *kinds) if where(result.case)}
         return {name: number for name, number in found.items() if number is not None}
 
-    def ratio(result: Result) -> float | None:
+    def ratio(result: Result) -> float:
         return result.ratio
 
     hard = form in ("x1", "native")
@@ -193,10 +191,12 @@ def _bars(report: dict, form: str) -> Iterator[Bar]:
 # ---- on the terminal ------------------------------------------------------------------------------------------------
 
 
-def show(report: dict, compact: bool = False) -> None:
-    """Prints all of it; compact: a line a case."""
+def show(report: dict, compact: bool = False) -> int:
+    """Prints all of it; compact: a line a case. Returns 1 where a result was wrong, else 0."""
+    wrong = any(result.off >= TOLERANCE for form in report["mma"] for result in results(report, form))
     if compact:
-        return print("\n".join([*map(one_line(report), report["cases"]), *summary(report)]))
+        print("\n".join([*map(one_line(report), report["cases"]), *summary(report)]))
+        return int(wrong)
     from rich.console import Console
     from rich.table import Table
 
@@ -214,6 +214,7 @@ def show(report: dict, compact: bool = False) -> None:
         table.add_row(*bar.row())
     console.print(table)
     console.print("\n".join(summary(report)), highlight=False)
+    return int(wrong)
 
 
 def row(result: Result) -> list[str]:
@@ -234,8 +235,8 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def microseconds(us: float | None) -> str:
-    return "-" if us is None else f"{us:.2f}" if us < 100 else f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
+def microseconds(us: float) -> str:
+    return f"{us:.2f}" if us < 100 else f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
 
 
 def one_line(report: dict) -> Callable[[dict], str]:
@@ -247,7 +248,7 @@ def one_line(report: dict) -> Callable[[dict], str]:
             result = Result(report, case, form)
             ours = ">".join(f"{us:.4g}" for us in result.entry["ours"].values())
             wrong = "" if result.off < TOLERANCE else f" WRONG {result.off:.0e}"
-            cells.append(f"{form} {ours}/{result.peer or math.nan:.4g}={result.ratio or math.nan:.2f}{wrong}")
+            cells.append(f"{form} {ours}/{result.peer:.4g}={result.ratio:.2f}{wrong}")
         return f"{case['name']}: " + "  ".join(cells)
 
     return line
@@ -258,7 +259,7 @@ def one_line(report: dict) -> Callable[[dict], str]:
 HEAD = """\
 # Ours and the peer's on silicon
 
-`{command}`, {date}, {device}, {sms} SMs.
+`make silicon`, {date}, {device}, {sms} SMs.
 
 The peer is the SM120 kernels of sgl-deep-gemm 0.2.3.post2; both sides are built from their sources for this card and
 run on the same inputs. Results are compared with float64 and with each other: no two are further apart than {off:.0e}
@@ -299,7 +300,7 @@ def document(report: dict) -> str:
     )
     off = max((result.off for form in forms for result in results(report, form)), default=0)
     copy, standin = bandwidth(report), STANDIN.format(rows=mmas) if mmas else ""
-    facts = {key: report[key] for key in ("command", "date", "device", "sms", "empty_us")}
+    facts = {key: report[key] for key in ("date", "device", "sms", "empty_us")}
     parts = [HEAD.format(**facts, off=off, copy=copy, forms=standin)]
     rows = [["bar", "form", "wanted", "met", "worst"], *(bar.row() for bar in bars(report))]
     parts.append("## Bars\n\n" + markdown(rows))
@@ -312,7 +313,7 @@ def document(report: dict) -> str:
             rows = [paper_row(report, case, forms, forms[-1]) for case in cases]
             parts.append(f"### {title}\n\n" + markdown([head, *rows]))
     if report["missed"]:
-        parts.append(f"No time was left for: {', '.join(report['missed'])}.\n")
+        parts.append(f"Not timed: {', '.join(report['missed'])}.\n")
     return "\n".join(parts)
 
 
@@ -349,9 +350,8 @@ def draw(report: dict, path: Path) -> None:
     for axis, (title, fp4) in zip(axes, panels.items()):
         cases = [case for case in report["cases"] if case["fp4"] is fp4]
         for form in report["mma"]:
-            points = [(case["forms"][form]["peer"], y) for y, case in enumerate(cases) if form in case["forms"]]
-            ratios = [Result(report, cases[y], form).ratio for peer, y in points if peer]
-            places = [y for peer, y in points if peer]
+            timed = [(y, Result(report, case, form)) for y, case in enumerate(cases) if form in case["forms"]]
+            ratios, places = [result.ratio for _, result in timed], [y for y, _ in timed]
             axis.plot(ratios, places, "o", markersize=4, color=FORM_COLOURS[form], label=form)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_yticks(

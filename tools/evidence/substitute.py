@@ -30,11 +30,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 import peer
+import torch
 from cuda.bindings import nvrtc
 
 NATIVE = "native"  # the real MMA, on SM120
