@@ -1,6 +1,7 @@
 """The comparison on silicon, as far as it goes without a card: both sides with the MMA replaced, run in the emulator
 and looked at in their SASS, and the arithmetic of the report."""
 
+import json
 import math
 import struct
 import sys
@@ -281,6 +282,24 @@ def test_without_a_gpu_it_builds_and_says_what_it_would_run(
     for form in ("x1", "x2"):
         made = substitute.build_peer(kernel, form)
         assert built.get(kernel, form) == (made.name, made.cubin)
+
+
+CARD = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 12)
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(not CARD, reason="needs an SM90 or SM120 card")
+def test_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: None) -> None:
+    place = tmp_path / "silicon.json"
+    cases = ["--case", "1 x 1K", "--case", "ragged 2048 x 8K h32", "--case", "metadata 64"]
+    monkeypatch.setattr(sys, "argv", ["silicon.py", *cases, "--heads", "64,32", "--out", str(place)])
+    assert silicon.main() == 0
+    report = json.loads(place.read_text())
+    assert len(report["cases"]) == 7 and not report["missed"]
+    for case in report["cases"]:
+        assert all(
+            us > report["empty_us"] for form in case["forms"].values() for us in [form["peer"], form["ours"]["ours"]]
+        )
 
 
 def made_up_report() -> dict:
