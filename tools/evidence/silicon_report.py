@@ -284,7 +284,7 @@ to pick FP4's scales out of a word falls away (ours does nothing); x2s takes two
 the query fills them all; and DRAM, L2, clocks and SMs are this card's.
 """
 FORM_MEANING = {
-    "x1": "one: all else is pressed 2.5 times as hard as on SM120",
+    "x1": "one: all else is pressed 2.3 times as hard as on SM120",
     "x2": "two in a row on the same accumulators: a warp stalls within each pair",
     "x2s": "two side by side, the second's sums dropped: what SM120 comes to",
 }
