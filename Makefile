@@ -2,6 +2,7 @@
 # make test     the tests (ARGS="-k metadata")
 # make fuzz     500 random problems for each function, under the sanitizers
 # make bench    times on a card from SM89 up, into bench-<card>-<date>/ (ARGS="--quick")
+# make silicon  ours beside NVIDIA's SM120 kernels, on SM120 or, with the MMA of both replaced, an H100
 # make report   docs/performance/: our kernels counted and modelled, beside NVIDIA's, which it fetches
 # make wheel    the wheel, into dist/
 # make lint     the style check
@@ -19,7 +20,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test fuzz bench report wheel lint test-clients test-vllm test-upstream test-wheel clean
+.PHONY: demo test fuzz bench silicon report wheel lint test-clients test-vllm test-upstream test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -33,6 +34,9 @@ fuzz: $(VENV)/.$(KIND)
 
 bench: $(VENV)/.$(KIND)
 	$(BIN)/python tools/bench/bench.py $(ARGS)
+
+silicon: $(VENV)/.$(KIND)
+	$(BIN)/python tools/evidence/silicon.py $(ARGS)
 
 report: $(VENV)/.$(KIND)
 	$(BIN)/python tools/evidence/report.py

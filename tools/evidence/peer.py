@@ -159,8 +159,8 @@ def fetch() -> Path:
     return root
 
 
-def build(source: str, instance: str, options: list[str]) -> Binary:
-    """One kernel of `source` by NVRTC; `instance` is its C++ name."""
+def build(source: str, instance: str, options: list[str], headers: dict[str, str] = HEADERS) -> Binary:
+    """One kernel of `source` by NVRTC; `instance` is its C++ name, `headers` are texts by the names they go by."""
 
     def check(result):
         status, *values = result
@@ -173,8 +173,8 @@ def build(source: str, instance: str, options: list[str]) -> Binary:
         check(get(program, buffer))
         return bytes(buffer)
 
-    names = [name.encode() for name in HEADERS]
-    texts = [text.encode() for text in HEADERS.values()]
+    names = [name.encode() for name in headers]
+    texts = [text.encode() for text in headers.values()]
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"peer.cu", len(names), texts, names))
     try:
         check(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
