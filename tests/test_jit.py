@@ -27,6 +27,7 @@ def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(compiler, "HEADERS", None)  # restored afterwards
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("DG_JIT_DUMP_DIR", raising=False)
+    monkeypatch.setattr(cache, "_said", set())
     write_header(tmp_path / "headers")
     return tmp_path / "headers"
 
@@ -62,8 +63,7 @@ def assert_whole(folder: Path) -> None:
     """No entry is cut short, and nothing lies around that was on its way to become one."""
     for path in entries(folder):
         content = path.read_bytes()
-        assert cache.digest(content[32:]) == content[:32], path
-    assert not entries(folder / "tmp")
+        assert cache.digest(content[32:]) == content[:32] and len(path.name) == 64, path
 
 
 # ---- compile and run -------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_an_entry_that_is_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_full_of_garbage(tmp_path: Path) -> None:
-    for name in ("entries", "tmp", "entries/ab", "something"):
+    for name in ("entries", "something", "something/ab"):
         (tmp_path / "cache" / name).mkdir(parents=True, exist_ok=True)
         for number in range(5):
             (tmp_path / "cache" / name / f"garbage{number}").write_bytes(os.urandom(100))
@@ -241,15 +241,15 @@ def test_the_folder_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adds(make_kernel())
 
 
-@pytest.mark.parametrize("what", ["cache", "cache/entries", "cache/tmp"])
-def test_the_folder_disappears_while_running(tmp_path: Path, compilations: list[str], what: str) -> None:
+def test_the_folder_disappears_while_running(tmp_path: Path, compilations: list[str]) -> None:
     compile_kernel(make_kernel(), ARCH, "ptx")
-    subprocess.run(["rm", "-r", tmp_path / what], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "cache"], check=True)
     assert adds(make_kernel(name="another")) and len(compilations) == 2
     assert entries(tmp_path / "cache")  # made again, and used
 
 
 def test_it_disappears_between_look_up_and_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adds(make_kernel(name="another"))
     real = compiler._nvrtc
 
     def compile_and_remove(*args):
@@ -332,21 +332,7 @@ def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert cache.folder() == Path("/home/somebody/.cache/deep_gemm_sm120")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
-    private = cache.folder()
-    assert private.parent == tmp_path and private.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DG_JIT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
-    me = os.getuid() + 1
-    monkeypatch.setattr(cache.os, "getuid", lambda: me)
-    (tmp_path / f"deep_gemm_sm120-{me}").mkdir()
-    with pytest.raises(PermissionError, match="somebody else"):
-        cache.folder()
-    assert adds(make_kernel())
-    assert entries(tmp_path / f"deep_gemm_sm120-{me}") == []
+    assert cache.folder() == tmp_path / f"deep_gemm_sm120-{os.geteuid()}"
 
 
 # ---- many at once ----------------------------------------------------------------------------------------------------
