@@ -422,6 +422,77 @@ def test_a_fork_after_use() -> None:
     assert run(code) == "0"
 
 
+def test_processes_that_are_spawned(tmp_path: Path) -> None:
+    """They inherit nothing but what the program says, as vLLM's workers do, and share one empty cache."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+            import multiprocessing, sys
+            from pathlib import Path
+            from vector_add import *
+
+            def work(number):
+                write_header(Path(sys.argv[1]))
+                return adds(make_kernel())
+
+            if __name__ == "__main__":
+                with multiprocessing.get_context("spawn").Pool(3) as pool:
+                    print(pool.map(work, range(6)))""")
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{PACKAGE_ROOT}{os.pathsep}{TESTS}"}
+    command = [sys.executable, program, str(compiler.HEADERS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == str([True] * 6), done.stderr
+    assert len(entries(tmp_path / "cache")) == 1
+    assert_whole(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("way", ["daemon", "thread", "exception", "killed"])
+def test_the_interpreter_ends_while_a_kernel_compiles(tmp_path: Path, way: str) -> None:
+    """It ends at once, or after the compilation if a thread that it waits for compiles; what is kept is whole."""
+    code = f"""
+        import os, signal, sys, threading
+        compiling, real = threading.Event(), compiler._nvrtc
+        def announced(*args):
+            compiling.set()
+            return real(*args)
+        compiler._nvrtc = announced
+        # Long to compile: a chain of a thousand different additions.
+        body = "add(p);" + "".join(f" if (p.count == {{n}}) p.sum[{{n}}] += __sinf(p.a[{{n}}]);" for n in range(1000))
+        def work():
+            print("compiled", adds(make_kernel(body=body)))
+        threading.Thread(target=work, daemon={way != "thread"}).start()
+        compiling.wait()
+        print("ends", flush=True)
+        if {way!r} == "exception":
+            raise SystemExit(0)
+        if {way!r} == "killed":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            os.kill(os.getpid(), signal.SIGTERM)"""
+    assert run(code).splitlines() == ["ends", "compiled True"][: 2 if way == "thread" else 1]
+    assert len(entries(tmp_path / "cache")) == (way == "thread")
+    assert_whole(tmp_path / "cache")
+    assert adds(make_kernel())
+
+
+def test_an_interrupted_compilation_is_begun_anew() -> None:
+    """Ctrl-C releases the lock, and leaves nothing half-made."""
+    code = """
+        from deep_gemm.sm120.jit import runtime
+        real = compiler._nvrtc
+        def interrupted(*args):
+            raise KeyboardInterrupt
+        compiler._nvrtc = interrupted
+        kernel = make_kernel()
+        try:
+            adds(kernel)
+        except KeyboardInterrupt:
+            print("interrupted", runtime._loading.locked(), len(runtime._loaded))
+        compiler._nvrtc = real
+        print(adds(kernel))"""
+    assert run(code).splitlines() == ["interrupted False 0", "True"]
+
+
 # ---- the dump --------------------------------------------------------------------------------------------------------
 
 
