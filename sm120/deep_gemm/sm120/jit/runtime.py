@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import settings
+from .. import checks, settings
 from . import shipped
 from .compiler import compile_kernel
 from .kernel import Kernel
@@ -62,8 +62,10 @@ def launch(
     """Starts `kernel` on the current stream of `device`.
 
     `inputs` and `outputs` are the tensors that the pointers in `parameters` point into; in the emulator every access is
-    checked against them, and their names stand in its errors.
+    checked against them, and their names stand in its errors. Refuses (ArgumentError) misaligned tensors, and outputs
+    that share memory with an input.
     """
+    checks.memory(inputs, outputs)
     if _is_cpu(device):
         _emulate(kernel, grid, parameters, inputs, outputs)
     else:
