@@ -2,7 +2,7 @@
 
 import torch
 
-from . import arguments, checks, jit
+from . import arguments, checks, debug, jit
 from .checks import refuse
 from .kernels import clean, logits, metadata
 from .kernels.windows import windows_of_lengths
@@ -27,6 +27,8 @@ def get_paged_mqa_logits_metadata(
         refuse("block_kv", block_kv, "a multiple of 16")
     checks.integer("num_sms", num_sms, 1, 2**24)
     arguments.indices(indices, context_lens)
+    if debug.ON:
+        debug.lengths(context_lens)
     schedule = torch.empty((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
     metadata.plan(context_lens, schedule)
     return schedule
@@ -123,6 +125,9 @@ def _paged(
     if out.numel() == 0:
         return out
 
+    if debug.ON:
+        pages = kv_cache.shape[0]
+        debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
         logits.few_rows(batch, slots), logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import arguments, checks, jit
+from . import arguments, checks, debug, jit
 from .checks import refuse
 from .kernels import clean, logits
 from .kernels.windows import windows_of_bounds
@@ -109,6 +109,8 @@ def _ragged(
     if out.numel() == 0:
         return out
 
+    if debug.ON:
+        debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k)
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype,
         alignment=logits.alignment(values.data_ptr(), keys.data_ptr()),
