@@ -80,7 +80,7 @@ struct Paged {
             source.open(item, step, p.windows.limit - 1, lane);
             to = tiles_of(p, 0);
             // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
-            if (to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
+            if (sets <= kWarps && to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
                 const Share<kTokens> work = share_of(p, 0, set, item, step, to);
                 if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
                 return;
