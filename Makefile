@@ -1,6 +1,6 @@
 # make demo     one decode step of DeepSeek-V4, on the GPU or, without one, in the emulator (ARGS="--save plan.png")
 # make test     the tests (ARGS="-k metadata")
-# make fuzz     500 random problems for each function, under the sanitizers
+# make fuzz     500 random problems for each function, under the sanitizers, and 500 with garbage
 # make soak     100,000 calls over shapes, streams and threads; nothing may grow
 # make bench    times on a card from SM89 up, into bench-<card>-<date>/ (ARGS="--quick")
 # make report   docs/performance/: our kernels counted and modelled, beside NVIDIA's, which it fetches
@@ -30,7 +30,7 @@ test: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(VENV)/.$(KIND)
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py $(ARGS)
 
 soak: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --soak=100000 tests/test_soak.py $(ARGS)

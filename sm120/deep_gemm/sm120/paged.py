@@ -85,9 +85,12 @@ def fp8_fp4_paged_mqa_logits(
                      stride(0) may exceed the page; block_kv: multiples of 16
     weights          fp32 or bf16 [batch * next_n, heads]
     context_lens     int32 [batch, next_n]: token i of row b sees keys [0, context_lens[b, i]); or [batch]: it sees
-                     context_lens[b] - next_n + i + 1 of them. Zero is fine
-    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never followed
-    schedule_meta    int32 [slots + 1, 2], from `get_paged_mqa_logits_metadata` or any planner with the same contract
+                     context_lens[b] - next_n + i + 1 of them. Zero is fine; less is zero, and what exceeds
+                     max_context_len or the columns of block_table is cut
+    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never followed, and a
+                     page that the cache does not have is taken for its last one
+    schedule_meta    int32 [slots + 1, 2], from `get_paged_mqa_logits_metadata` or any planner with the same contract;
+                     what another one leaves out may stay unwritten
     max_context_len  columns of the result; no row is longer
     clean_logits     -inf past each row's length; otherwise what lies there is not touched
     logits_dtype     float32 or bfloat16
