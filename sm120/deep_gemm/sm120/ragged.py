@@ -76,7 +76,7 @@ def fp8_fp4_mqa_logits(
                         FP4: (int8 [seq_len_kv, dim / 2], int32 [seq_len_kv])
     weights             fp32 or bf16 [seq_len, heads]
     cu_seq_len_k_start  int32 [seq_len], also `ks`
-    cu_seq_len_k_end    int32 [seq_len], also `ke`; start >= end is an empty row, and ranges are cut at the keys there are
+    cu_seq_len_k_end    int32 [seq_len], also `ke`; start >= end is an empty row; cut at the keys there are
     clean_logits        -inf outside each row's range; otherwise what lies there is not touched
     max_seqlen_k        0: column n is key n. More: column n is key start[i] + n, and there are so many columns
     logits_dtype        float32 or bfloat16

@@ -106,6 +106,7 @@ struct Stream {
             tile += step;
         }
         turn<Next::kNone>(tile);
+        return tile + step;
     }
 
     // Eight keys alone, a quarter of a tile: unit 4 * tile + key tile.
