@@ -1,6 +1,7 @@
 # make demo     one decode step of DeepSeek-V4, on the GPU or, without one, in the emulator (ARGS="--save plan.png")
 # make test     the tests (ARGS="-k metadata")
-# make fuzz     500 random problems for each function, under the sanitizers
+# make fuzz     500 random problems for each function, under the sanitizers, and 500 with garbage
+# make soak     100,000 calls over shapes, streams and threads; nothing may grow
 # make bench    times on a card from SM89 up, into bench-<card>-<date>/ (ARGS="--quick")
 # make silicon  ours beside NVIDIA's SM120 kernels, on SM120 or, with the MMA of both replaced, an H100
 # make report   docs/performance/: our kernels counted and modelled, beside NVIDIA's, which it fetches
@@ -20,7 +21,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test fuzz bench silicon report wheel lint test-clients test-vllm test-upstream test-wheel clean
+.PHONY: demo test fuzz soak bench silicon report wheel lint test-clients test-vllm test-upstream test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -30,7 +31,10 @@ test: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(VENV)/.$(KIND)
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py $(ARGS)
+
+soak: $(VENV)/.$(KIND)
+	$(BIN)/python -m pytest --soak=100000 tests/test_soak.py $(ARGS)
 
 bench: $(VENV)/.$(KIND)
 	$(BIN)/python tools/bench/bench.py $(ARGS)

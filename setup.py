@@ -117,7 +117,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     # No torch here: the user's build of it must stay, and every caller of deep_gemm has one.
-    install_requires=["cuda-bindings>=13,<14", "cuda-core>=1.2,<2", "nvidia-cuda-nvrtc>=13,<14", "numpy"],
+    install_requires=["cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14", "numpy"],
     package_dir={"": "sm120"},
     packages=[
         ".".join(folder.relative_to(ROOT / "sm120").parts)

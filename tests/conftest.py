@@ -24,6 +24,10 @@ if importlib.util.find_spec("deep_gemm") is None:
 sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "tools/bench", "tools/evidence")]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=int, default=10_000, help="calls of test_soak.py")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that take `device` run in the emulator and, where there is a GPU, on it too."""
     if "device" in metafunc.fixturenames:

@@ -1,11 +1,13 @@
 """The same source for other cards, and the plain MMA on SM12x: compiled for each, run in the emulator."""
 
 import pytest
+import torch
 from problems import Paged, Ragged, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120.emulator import recording
-from deep_gemm.sm120.kernels import logits
+from deep_gemm.sm120.jit import compiler
+from deep_gemm.sm120.kernels import clean, logits, metadata
 
 OTHERS = ["sm_89", "sm_90a", "sm_100a", "sm_121f"]
 BLOCK_SCALED_FP8 = "mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32.e4m3.e4m3.f32.ue8m0"
@@ -37,6 +39,20 @@ def test_other_cards(arch: str, heads: int, dim: int, fp4: bool, monkeypatch: py
     assert run(heads, dim, fp4) == {native if arch.startswith("sm_12") else PLAIN_FP8}
 
 
+@pytest.mark.parametrize("arch", ["sm_120f", "sm_90a"])
+@pytest.mark.parametrize("layout", [{"page": 64, "few_rows": True}, {"page": 16}, {"page": 0}], ids=str)
+@FORMATS
+def test_the_compiler_has_nothing_to_say(arch: str, layout: dict, fp4: bool) -> None:
+    """A function that returns nothing it should is a warning to it, and anything to the card."""
+    config = logits.configure(arch, fp4, 16, 64, weights=torch.float32, logits=torch.bfloat16, **layout)
+    nvrtc, options = compiler._bindings(), [*compiler._options(arch), f"--include-path={compiler.HEADERS}"]
+    for kernel in (config.kernel, metadata.KERNEL, clean.kernel(torch.float32)):
+        _, program = nvrtc.nvrtcCreateProgram(kernel.source.encode(), b"", 0, [], [])
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = compiler._fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
+        assert not error and not log, log
+
+
 @pytest.mark.parametrize("choice, opcode", [("plain", PLAIN_FP8), ("block_scaled", BLOCK_SCALED_FP8)])
 def test_choice_of_the_fp8_mma(choice: str, opcode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DG_SM120_FP8_MMA", choice)
@@ -53,8 +69,6 @@ def test_choice_of_the_fp8_mma(choice: str, opcode: str, monkeypatch: pytest.Mon
 def test_scales_at_the_ends_of_their_range(arch: str, exponents: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """2^-127, 2^127 and NaN (255) as scales of FP4 keys: the same places are infinite, NaN or finite as in float64 that
     is rounded to fp32 in the end."""
-    import torch
-
     monkeypatch.setenv("DG_SM120_ARCH", arch)
     problem = Ragged([0] * 3, [40] * 3, 40, heads=8, fp4=True)
     values, scales = problem.kv
@@ -71,8 +85,6 @@ def test_scales_at_the_ends_of_their_range(arch: str, exponents: tuple, monkeypa
 @pytest.mark.parametrize("arch", ["sm_120f", "sm_90a"])
 def test_the_smallest_scale(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale byte of 0 is 2^-127, which fp32 has among its subnormals only. Large query scales bring it back."""
-    import torch
-
     monkeypatch.setenv("DG_SM120_ARCH", arch)
     problem = Ragged([0] * 3, [40] * 3, 40, heads=8, fp4=True)
     problem.kv[1].zero_()

@@ -7,7 +7,7 @@ import torch
 from problems import POISON, Paged, Ragged, poisoned
 
 import deep_gemm
-from deep_gemm.sm120 import ArgumentError
+from deep_gemm.sm120 import ArgumentError, checks
 
 PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
 RAGGED = ("q", "kv", "weights", "ks", "ke")
@@ -49,6 +49,8 @@ WRONG_PAGED = {
         (lambda q: q.repeat(1, 1, 5, 1), "heads"),
         (lambda q: q[..., :96].contiguous(), "head dim"),
         (lambda q: q[0], "[batch, next_n, heads, dim]"),
+        (lambda q: q[:2], "to match q"),
+        (lambda q: q[:, :1].contiguous(), "to match q"),
         (lambda q: q.transpose(1, 2).contiguous().transpose(1, 2), "contiguous"),
         (lambda q: q.to("meta"), "on the CPU or a CUDA device"),
         (lambda q: None, "None"),
@@ -196,6 +198,181 @@ def test_metadata() -> None:
         with pytest.raises(ArgumentError) as caught:
             deep_gemm.get_paged_mqa_logits_metadata(*arguments)
         assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_metadata_elsewhere() -> None:
+    """Another device than those that kernels run on."""
+    for lens in (torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)):
+        with pytest.raises(
+            ArgumentError, match="context_lens: expected a tensor on the CPU or a CUDA device, got .* meta"
+        ):
+            deep_gemm.get_paged_mqa_logits_metadata(lens.to("meta"), 64, 188)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def moved(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """The same values, beginning `by` bytes after a multiple of 64."""
+    room = torch.zeros(tensor.nbytes + 128, dtype=torch.uint8).numpy()
+    first = -room.ctypes.data % 64 + by
+    there = torch.from_numpy(room[first : first + tensor.nbytes]).view(tensor.dtype).view(tensor.shape)
+    return there.copy_(tensor)
+
+
+PLACES = [  # format, function, argument, part of a pair, its name in the error, bytes that an element needs
+    *[
+        (kind, function, *place)
+        for kind in ("fp8", "fp4")
+        for function, place in [
+            ("paged", ("q", 0, "q", 4)),
+            ("paged", ("kv_cache", None, "kv_cache", 4)),
+            ("paged", ("weights", None, "weights", 4)),
+            ("paged", ("context_lens", None, "context_lens", 4)),
+            ("paged", ("block_table", None, "block_table", 4)),
+            ("paged", ("schedule_meta", None, "schedule_meta", 8)),
+            ("paged", ("out", None, "out", 4)),
+            ("ragged", ("q", 0, "q", 4)),
+            ("ragged", ("kv", 0, "kv", 4)),
+            ("ragged", ("kv", 1, "kv scales", 4)),
+            ("ragged", ("weights", None, "weights", 4)),
+            ("ragged", ("ks", None, "cu_seq_len_k_start", 4)),
+            ("ragged", ("ke", None, "cu_seq_len_k_end", 4)),
+            ("ragged", ("out", None, "out", 4)),
+        ]
+    ],
+    ("fp4", "paged", "q", 1, "q scales", 4),
+    ("fp4", "ragged", "q", 1, "q scales", 4),
+]
+
+
+@pytest.mark.parametrize("kind, function, argument, part, name, bytes_", PLACES)
+def test_misaligned(kind: str, function: str, argument: str, part: int | None, name: str, bytes_: int) -> None:
+    arguments, rows, columns = (
+        (paged_arguments(kind == "fp4"), 6, 100) if function == "paged" else (ragged_arguments(kind == "fp4"), 2, 20)
+    )
+    call = deep_gemm.fp8_fp4_paged_mqa_logits if function == "paged" else deep_gemm.fp8_fp4_mqa_logits
+    arguments["out"] = poisoned(rows, columns, pad=0)
+    expected = call(**arguments).clone()
+    whole = arguments[argument]
+    for by in (1, 2, 3, 4):
+        if part is None or (argument == "q" and kind == "fp8"):
+            arguments[argument] = moved(whole, by)
+        else:
+            arguments[argument] = tuple(moved(x, by) if i == part else x for i, x in enumerate(whole))
+        arguments["out"].fill_(POISON)
+        if by % bytes_ == 0:
+            assert torch.allclose(call(**arguments), expected, 1e-4, 1e-2)  # where it may begin, it is read rightly
+            continue
+        with pytest.raises(ArgumentError, match=f"{name}: expected .* at a multiple of {bytes_} bytes, got") as caught:
+            call(**arguments)
+        assert not isinstance(caught.value.__cause__, Exception)
+        assert (arguments["out"] == POISON).all()
+
+
+def test_two_bytes_are_enough_for_bf16() -> None:
+    arguments = {**paged_arguments(), "logits_dtype": torch.bfloat16}
+    arguments["weights"] = arguments["weights"].bfloat16()
+    arguments["out"] = poisoned(6, 100, torch.bfloat16, pad=0)
+    expected = deep_gemm.fp8_fp4_paged_mqa_logits(**arguments).clone()
+    for name in ("weights", "out"):
+        for by, right in [(2, True), (1, False), (3, False)]:
+            changed = {**arguments, "out": poisoned(6, 100, torch.bfloat16, pad=0)}
+            changed[name] = moved(changed[name], by)
+            if right:
+                assert torch.equal(deep_gemm.fp8_fp4_paged_mqa_logits(**changed), expected)
+            else:
+                with pytest.raises(ArgumentError, match=f"{name}: expected a tensor that begins at a multiple of 2"):
+                    deep_gemm.fp8_fp4_paged_mqa_logits(**changed)
+
+
+def test_metadata_misaligned() -> None:
+    lens = torch.tensor([[40], [7]], dtype=torch.int32)
+    for by in (1, 2, 3):
+        with pytest.raises(ArgumentError, match="context_lens: expected a tensor that begins at a multiple of 4 bytes"):
+            deep_gemm.get_paged_mqa_logits_metadata(moved(lens, by), 64, 188)
+
+
+@pytest.mark.parametrize("argument", ["q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta"])
+def test_out_over_an_input(argument: str) -> None:
+    """Wherever the one begins in the other."""
+    arguments = paged_arguments()
+    source = arguments[argument]
+    raw, needed = source.contiguous().view(torch.uint8).flatten(), 6 * 100 * 4
+    room = torch.zeros(2 * needed + len(raw) + 64, dtype=torch.uint8)
+    first = needed + (-room.data_ptr() - needed) % 32
+    there = room[first : first + len(raw)]
+    there.copy_(raw)
+    arguments[argument] = there.view(source.dtype).view(source.shape)
+    kept = there.clone()
+    for start in (first, first - needed + 4, first + len(raw) - 4, first + len(raw) // 2 // 4 * 4):
+        out = room[start : start + needed].view(torch.float32).view(6, 100)
+        with pytest.raises(ArgumentError, match=f"out: expected memory of its own; this is {argument}'s as well, got"):
+            deep_gemm.fp8_paged_mqa_logits(**arguments, out=out)
+        assert torch.equal(there, kept)
+    for start in (first - needed, first + len(raw)):  # side by side
+        out = room[start : start + needed].view(torch.float32).view(6, 100)
+        deep_gemm.fp8_paged_mqa_logits(**arguments, out=out)
+        assert torch.equal(there, kept) and out.any()
+
+
+def test_out_over_ragged_keys() -> None:
+    arguments = ragged_arguments()
+    keys, scales = arguments["kv"]
+    wide = torch.zeros(20, 128)
+    wide[:, :32] = keys.view(torch.float32)
+    arguments["kv"] = wide.view(torch.float8_e4m3fn)[:, :128].contiguous(), wide.flatten()[:20]
+    with pytest.raises(ArgumentError, match="out: .*this is kv scales's as well"):
+        deep_gemm.fp8_mqa_logits(**arguments, out=wide[:2, :20])
+    deep_gemm.fp8_mqa_logits(**arguments, out=wide[2:4, :20])
+
+
+@pytest.mark.parametrize("columns, rows, apart", [((100, 116), 6, True), ((99, 115), 6, False), ((184, 200), 6, True)])
+def test_out_between_the_rows_of_an_input(columns: tuple[int, int], rows: int, apart: bool) -> None:
+    """One buffer for both, as a row of a workspace: 100 columns of logits, and weights beside them."""
+    arguments = paged_arguments()
+    room = torch.zeros(rows, 200)
+    weights = room[:, columns[0] : columns[1]]
+    weights.copy_(arguments["weights"])
+    expected = deep_gemm.fp8_paged_mqa_logits(**arguments, clean_logits=True)
+    arguments["weights"] = weights
+    if not apart:
+        with pytest.raises(ArgumentError, match="out: .*this is weights's as well"):
+            deep_gemm.fp8_paged_mqa_logits(**arguments, clean_logits=True, out=room[:, :100])
+    else:
+        got = deep_gemm.fp8_paged_mqa_logits(**arguments, clean_logits=True, out=room[:, :100])
+        assert torch.equal(got, expected)
+
+
+def test_overlap_is_that_of_the_bytes() -> None:
+    """Against sets of byte addresses, for views of one buffer: rows between rows, a run between rows, neither."""
+    room = torch.zeros(600, dtype=torch.uint8)
+
+    def addresses(view: torch.Tensor) -> set[int]:
+        places = torch.arange(600).as_strided(view.shape, view.stride(), view.storage_offset())
+        return set(places.flatten().tolist())
+
+    apart = feared = 0
+    for _ in range(3000):
+        views = []
+        for _ in range(2):
+            rows, stride, first = (int(torch.randint(1, high, ())) for high in (5, 60, 300))
+            stride = int(torch.tensor([stride, 40])[torch.randint(0, 2, ())])
+            row = int(torch.randint(1, stride + 1, ()))
+            views.append(room.as_strided((rows, row), (stride, 1), first))
+        got, common = checks.overlap(*views), bool(addresses(views[0]) & addresses(views[1]))
+        assert got or not common, [(view.shape, view.stride(), view.storage_offset()) for view in views]
+        apart += not got
+        feared += got and not common
+    assert apart > 1000 and feared < 200  # where rows of different strides interleave, the answer is on the safe side
+
+
+def test_nothing_is_differentiated() -> None:
+    arguments = paged_arguments()
+    out = torch.zeros(6, 100, requires_grad=True)
+    refused(deep_gemm.fp8_paged_mqa_logits, {**arguments, "out": out}, 6, 100, "out", "requires no grad")
+    arguments["weights"].requires_grad_(True)
+    assert not deep_gemm.fp8_paged_mqa_logits(**arguments).requires_grad
 
 
 def test_num_sms() -> None:

@@ -50,6 +50,15 @@ def test_next_n(next_n: int, fp4: bool, device: str) -> None:
     run(Paged([0, next_n // 2, 555], next_n=next_n, heads=16, fp4=fp4, device=device))  # 1-D lengths
 
 
+@FORMATS
+@pytest.mark.parametrize("block_kv", [16, 48, 64])
+@pytest.mark.parametrize("next_n", [1, 2, 17, 40])
+def test_one_short_row(block_kv: int, next_n: int, fp4: bool, device: str) -> None:
+    """Fewer keys than the grid has tensor pipes: a warp takes eight, from either half of a tile."""
+    lengths = [[int(torch.randint(20, 120, ())) for _ in range(next_n)]]
+    run(Paged(lengths, next_n=next_n, block_kv=block_kv, heads=16, fp4=fp4, device=device))
+
+
 @pytest.mark.parametrize(
     "lengths", [[0], [0] * 3, [0, 5], [5, 0], [0, 0, 900, 0, 1, 0, 0], [0] * 300 + [17] + [0] * 300]
 )

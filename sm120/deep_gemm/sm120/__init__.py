@@ -9,6 +9,8 @@ byte j for elements 32j to 32j + 31. Sums are fp32. (DeepSeek-V3.2-Exp report, s
 relu keeps a NaN, as torch's does: a NaN (or, with a weight of zero, an infinity) in a key that a row sees makes that
 one logit NaN. Keys that no row sees may hold anything.
 
+Nothing is differentiated: results require no grad, whatever the arguments do.
+
 Reading order: `paged.py` and `ragged.py` (the functions, one file a family; each one: check, allocate, configure,
 launch) with `arguments.py`, `kernels/logits.py` beside `kernels/logits.cuh`, then `jit/` and, for tensors on the CPU,
 `emulator/`.

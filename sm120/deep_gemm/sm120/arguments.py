@@ -47,24 +47,23 @@ def query(q: Any, dimensions: int) -> Query:
     fp4 = scales is not None
     if not isinstance(values, torch.Tensor):
         refuse("q", q, "a tensor, (tensor, None) or (tensor, scales)")
-    if not (values.is_cpu or values.is_cuda):
-        refuse("q", values, "a tensor on the CPU or a CUDA device")
-    device = values.device
-    checks.contiguous("q", checks.tensor("q", values, PACKED_E2M1 if fp4 else E4M3, _QUERY[dimensions, fp4], device))
-    shape = values.shape
+    device = checks.on_a_device("q", values)
+    dtypes, shape = PACKED_E2M1 if fp4 else E4M3, values.shape
+    if values.dtype not in dtypes or len(shape) != dimensions or not values.is_contiguous():
+        checks.contiguous("q", checks.tensor("q", values, dtypes, _QUERY[dimensions, fp4], device))
     heads, dim = shape[-2], shape[-1] * 2 if fp4 else shape[-1]
     if heads % 8 or not 8 <= heads <= 64:
         refuse("q", values, "8, 16, ... 64 heads")
     if dim not in DIMS[fp4]:
         refuse("q", values, f"a head dim among {DIMS[fp4]} in {'FP4' if fp4 else 'FP8'}")
     if fp4:
-        checks.contiguous("q scales", checks.tensor("q scales", scales, INT32, shape[:-1], device))
+        checks.contiguous("q scales", checks.tensor("q scales", scales, INT32, shape[:-1], device, "q"))
     return Query(fp4, values, scales, device, shape, heads, dim)
 
 
 def weights(weights: Any, rows: int, heads: int, device: torch.device) -> torch.Tensor:
     """`weights`, fp32 or bf16 [rows, heads], of any row stride."""
-    checks.tensor("weights", weights, REAL, (rows, heads), device)
+    checks.tensor("weights", weights, REAL, (rows, heads), device, "q")
     if weights.stride()[1] != 1:
         refuse("weights", weights, "stride 1 in the last dimension")
     return weights
@@ -72,7 +71,7 @@ def weights(weights: Any, rows: int, heads: int, device: torch.device) -> torch.
 
 def key_pages(kv_cache: Any, row_bytes: int, device: torch.device) -> tuple[int, int]:
     """Keys of a page and bytes from page to page, of a cache uint8 [pages, block_kv, 1, row_bytes + 4]."""
-    checks.tensor("kv_cache", kv_cache, (torch.uint8,), (_PAGES, _BLOCK_KV, 1, row_bytes + 4), device)
+    checks.tensor("kv_cache", kv_cache, (torch.uint8,), (_PAGES, _BLOCK_KV, 1, row_bytes + 4), device, "q")
     pages, page, _, _ = kv_cache.shape
     if page % 16 or not 16 <= page <= LARGEST_PAGE:
         refuse("kv_cache", kv_cache, f"pages of a multiple of 16 keys, up to {LARGEST_PAGE}")
@@ -88,7 +87,7 @@ def key_pages(kv_cache: Any, row_bytes: int, device: torch.device) -> tuple[int,
 
 def block_table(block_table: Any, rows: int, device: torch.device) -> torch.Tensor:
     """`block_table`, int32 [rows, columns], of any row stride, zero too, that keeps it within 2^31 entries."""
-    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device)
+    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device, "q")
     table_stride, entry_stride = block_table.stride()
     if entry_stride != 1 and block_table.shape[1] > 1 or rows * table_stride >= 2**31:
         refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
@@ -99,11 +98,12 @@ def lengths(
     context_lens: Any, device: torch.device | None = None, batch: int | Open = _BATCH, next_n: int | Open = _NEXT_N
 ) -> torch.Tensor:
     """`context_lens`, contiguous int32 [batch] or [batch, next_n]; without `device`, on any."""
-    one_dimensional = False
+    one_dimensional, other = False, "q" if device else ""
     if isinstance(context_lens, torch.Tensor):
         one_dimensional = context_lens.dim() == 1
-        device = context_lens.device if device is None else device
-    checks.tensor("context_lens", context_lens, INT32, (batch,) if one_dimensional else (batch, next_n), device)
+        device = device or checks.on_a_device("context_lens", context_lens)
+    shape = (batch,) if one_dimensional else (batch, next_n)
+    checks.tensor("context_lens", context_lens, INT32, shape, device, other)
     return checks.contiguous("context_lens", context_lens)
 
 
@@ -111,7 +111,7 @@ def indices(indices: Any, context_lens: torch.Tensor) -> None:
     """None, or int32 [batch] where `context_lens` have one token a row."""
     if indices is None:
         return
-    checks.tensor("indices", indices, INT32, context_lens.shape[:1], context_lens.device)
+    checks.tensor("indices", indices, INT32, context_lens.shape[:1], context_lens.device, "context_lens")
     if context_lens.dim() == 2 and context_lens.shape[1] != 1:
         refuse("context_lens", context_lens, "next_n = 1 where indices are given")
 
@@ -120,8 +120,8 @@ def schedule(schedule_meta: Any, device: torch.device) -> int:
     """Slots of a schedule, contiguous int32 [slots + 1, 2]."""
     checks.tensor("schedule_meta", schedule_meta, INT32, (_SLOTS, 2), device)
     slots = schedule_meta.shape[0] - 1
-    if slots < 1 or not schedule_meta.is_contiguous():
-        refuse("schedule_meta", schedule_meta, "a contiguous tensor [num_sms + 1, 2]")
+    if slots < 1 or not schedule_meta.is_contiguous() or schedule_meta.data_ptr() % 8:  # read by pairs
+        refuse("schedule_meta", schedule_meta, "a contiguous tensor [num_sms + 1, 2] at a multiple of 8 bytes")
     return slots
 
 
@@ -130,8 +130,8 @@ def key_run(kv: Any, fp4: bool, row_bytes: int, device: torch.device) -> tuple[t
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
         refuse("kv", kv, "(keys, scales)")
     keys, scales = kv
-    checks.contiguous("kv", checks.tensor("kv", keys, PACKED_E2M1 if fp4 else E4M3, (_KEYS, row_bytes), device))
-    checks.tensor("kv scales", scales, INT32 if fp4 else FP32, keys.shape[:1], device)
+    checks.contiguous("kv", checks.tensor("kv", keys, PACKED_E2M1 if fp4 else E4M3, (_KEYS, row_bytes), device, "q"))
+    checks.tensor("kv scales", scales, INT32 if fp4 else FP32, keys.shape[:1], device, "kv")
     return keys, checks.contiguous("kv scales", scales)
 
 
@@ -139,18 +139,20 @@ def bounds(starts: Any, ends: Any, rows: int, device: torch.device) -> dict[str,
     """The bounds of each row's keys by name, contiguous int32 [rows] both."""
     named = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
     for name, bound in named.items():
-        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device))
+        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device, "q"))
     return named
 
 
 def output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) -> torch.Tensor:
     """Where the logits go, fp32 or bf16 [rows, columns]: `out`, or, if it is None, a tensor whose rows are a multiple
-    of 1024 bytes apart."""
+    of 1024 bytes apart. Nothing is differentiated."""
     if dtype not in REAL:
         refuse("logits_dtype", dtype, "torch.float32 or torch.bfloat16")
     if out is not None:
         checks.tensor("out", out, (dtype,), (rows, columns), device)
         row_stride, column_stride = out.stride()
+        if out.requires_grad:
+            refuse("out", out, "a tensor that requires no grad")
         if columns > 1 and column_stride != 1 or rows > 1 and row_stride < columns:
             refuse("out", out, "stride 1 in the last dimension and rows that do not overlap")
         return out

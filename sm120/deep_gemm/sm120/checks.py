@@ -1,5 +1,6 @@
 """What callers may hand in. Every check comes before the first launch, so that a refused call writes nothing."""
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -23,12 +24,19 @@ def refuse(argument: str, got: Any, expected: str) -> NoReturn:
     raise ArgumentError(f"{argument}: expected {expected}, got {_describe(got)}")
 
 
-def tensor(argument: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple, device: Any) -> torch.Tensor:
-    """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`, whose sizes are ints or `Open`."""
+def tensor(
+    argument: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple, device: Any, other: str = ""
+) -> torch.Tensor:
+    """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`, whose sizes are ints or `Open`. `other`
+    is the argument that the sizes come from: either may be the wrong one, so an error names both."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.device == device and value.shape == shape:
         return value
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    refuse(argument, value, f"a {names} tensor [{', '.join(map(str, shape))}] on {device}")
+    refuse(
+        argument,
+        value,
+        f"a {names} tensor [{', '.join(map(str, shape))}] on {device}" + (other and f" to match {other}"),
+    )
 
 
 def contiguous(argument: str, value: torch.Tensor) -> torch.Tensor:
@@ -36,6 +44,13 @@ def contiguous(argument: str, value: torch.Tensor) -> torch.Tensor:
     if not value.is_contiguous():
         refuse(argument, value, "a contiguous tensor")
     return value
+
+
+def on_a_device(argument: str, value: torch.Tensor) -> torch.device:
+    """Where `value` lies, if kernels can reach it there."""
+    if not (value.is_cpu or value.is_cuda):
+        refuse(argument, value, "a tensor on the CPU or a CUDA device")
+    return value.device
 
 
 def integer(argument: str, value: Any, at_least: int = 0, at_most: int = 2**31 - 1) -> int:
@@ -50,6 +65,60 @@ def boolean(argument: str, value: Any) -> bool:
     if not isinstance(value, bool):
         refuse(argument, value, "a bool")
     return value
+
+
+def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
+    """Refuses tensors that begin where no element of theirs can (where no word of four bytes can, if it has one byte:
+    kernels read words), and outputs that share memory with an input. Only suspects are looked at closely.
+    """
+    together = 0
+    for output in outputs.values():
+        start = output.data_ptr()
+        end = start + output.untyped_storage().nbytes()
+        together |= start
+        for value in inputs.values():
+            if value is not None:
+                address = value.data_ptr()
+                together |= address
+                if address < end and start < address + value.untyped_storage().nbytes():
+                    _apart(inputs, outputs)
+    if together & 3:
+        for name, value in (*inputs.items(), *outputs.items()):
+            if value is not None and value.data_ptr() % (needed := _ALIGNMENT.get(value.itemsize, 4)):
+                refuse(_ARGUMENT.get(name, name), value, f"a tensor that begins at a multiple of {needed} bytes")
+
+
+_ALIGNMENT = {2: 2}  # bytes of an element -> of its address
+_ARGUMENT = {"logits": "out"}  # what kernels write -> what callers call it
+
+
+def _apart(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
+    for name, output in outputs.items():
+        for other, value in inputs.items():
+            if value is not None and overlap(output, value):
+                refuse(_ARGUMENT.get(name, name), output, f"memory of its own; this is {other}'s as well")
+
+
+def overlap(rows: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the two have a byte in common; one, or its rows, may lie between the rows of the other."""
+    if not rows.numel() or not value.numel():
+        return False
+    start, size, stride, row = _extent(rows)
+    address, bytes_, other_stride, other_row = _extent(value)
+    if start + size <= address or address + bytes_ <= start:
+        return False
+    piece = other_row if other_stride == stride else bytes_
+    gap = (address - start) % stride
+    return gap < row or gap + piece > stride
+
+
+def _extent(value: torch.Tensor) -> tuple[int, int, int, int]:
+    """Address and bytes of a tensor, bytes from row to row, and bytes of a row (all but the first dimension)."""
+    last = [(size - 1) * stride for size, stride in zip(value.shape, value.stride())]
+    row = (sum(last[1:]) + 1) * value.itemsize
+    size = (sum(last) + 1) * value.itemsize
+    stride = value.stride()[0] * value.itemsize if value.dim() > 1 and value.shape[0] > 1 else size
+    return value.data_ptr(), size, max(stride, row), row
 
 
 def _describe(value: Any) -> str:

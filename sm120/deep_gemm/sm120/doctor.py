@@ -14,7 +14,7 @@ import deep_gemm
 from . import reference, upstream
 from .jit import cache, compiler
 
-PACKAGES = ("cuda-bindings", "cuda-core", "nvidia-cuda-nvrtc", "numpy")
+PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc", "numpy")
 
 
 def report() -> int:
@@ -82,6 +82,13 @@ def _packages() -> list[str]:
 
 def _cache() -> list[str]:
     folder = cache.folder()
+    try:
+        with cache.opened(folder):
+            pass
+    except FileNotFoundError:
+        pass  # not made yet
+    except OSError as error:
+        return [f"{folder}: not used, each process compiles anew: {error.strerror}"]
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     access = "writable" if os.access(existing, os.W_OK) else "not writable: each process compiles anew"

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import arguments, checks, jit
+from . import arguments, checks, debug, jit
 from .checks import refuse
 from .kernels import clean, logits, metadata
 from .kernels.windows import windows_of_lengths
@@ -27,6 +27,8 @@ def get_paged_mqa_logits_metadata(
         refuse("block_kv", block_kv, "a multiple of 16")
     checks.integer("num_sms", num_sms, 1, 2**24)
     arguments.indices(indices, context_lens)
+    if debug.ON:
+        debug.lengths(context_lens)
     schedule = torch.empty((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
     metadata.plan(context_lens, schedule)
     return schedule
@@ -83,9 +85,12 @@ def fp8_fp4_paged_mqa_logits(
                      stride(0) may exceed the page; block_kv: multiples of 16
     weights          fp32 or bf16 [batch * next_n, heads]
     context_lens     int32 [batch, next_n]: token i of row b sees keys [0, context_lens[b, i]); or [batch]: it sees
-                     context_lens[b] - next_n + i + 1 of them. Zero is fine
-    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never followed
-    schedule_meta    int32 [slots + 1, 2], from `get_paged_mqa_logits_metadata` or any planner with the same contract
+                     context_lens[b] - next_n + i + 1 of them. Zero is fine; less is zero, and what exceeds
+                     max_context_len or the columns of block_table is cut
+    block_table      int32 [batch, columns]: the pages of each row; entries past its length are never followed, and a
+                     page that the cache does not have is taken for its last one
+    schedule_meta    int32 [slots + 1, 2], from `get_paged_mqa_logits_metadata` or any planner with the same contract;
+                     what another one leaves out may stay unwritten
     max_context_len  columns of the result; no row is longer
     clean_logits     -inf past each row's length; otherwise what lies there is not touched
     logits_dtype     float32 or bfloat16
@@ -123,6 +128,9 @@ def _paged(
     if out.numel() == 0:
         return out
 
+    if debug.ON:
+        pages = kv_cache.shape[0]
+        debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
         few := logits.few_rows(batch, slots), logits.together(next_n) if few else 1,

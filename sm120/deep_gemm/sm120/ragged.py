@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import arguments, checks, jit
+from . import arguments, checks, debug, jit
 from .checks import refuse
 from .kernels import clean, logits
 from .kernels.windows import windows_of_bounds
@@ -76,7 +76,7 @@ def fp8_fp4_mqa_logits(
                         FP4: (int8 [seq_len_kv, dim / 2], int32 [seq_len_kv])
     weights             fp32 or bf16 [seq_len, heads]
     cu_seq_len_k_start  int32 [seq_len], also `ks`
-    cu_seq_len_k_end    int32 [seq_len], also `ke`; start == end is an empty row
+    cu_seq_len_k_end    int32 [seq_len], also `ke`; start >= end is an empty row; cut at the keys there are
     clean_logits        -inf outside each row's range; otherwise what lies there is not touched
     max_seqlen_k        0: column n is key n. More: column n is key start[i] + n, and there are so many columns
     logits_dtype        float32 or bfloat16
@@ -109,6 +109,8 @@ def _ragged(
     if out.numel() == 0:
         return out
 
+    if debug.ON:
+        debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k)
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype,
         alignment=logits.alignment(values.data_ptr(), keys.data_ptr()),

@@ -1,7 +1,6 @@
 """NVRTC: C++ in, PTX or a cubin out. Needs neither a driver nor a CUDA toolkit; results are kept by `cache`."""
 
 import os
-import warnings
 from functools import cache as once
 from pathlib import Path
 
@@ -106,8 +105,8 @@ def _dump(folder: Path, kernel: Kernel, arch: str) -> None:
         "cubin": _compile(kernel, arch, "cubin"),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, content in forms.items():
-            (folder / f"{kernel.name}.{arch}.{suffix}").write_bytes(content)
+        with cache.opened(folder, make=True) as place:
+            for suffix, content in forms.items():
+                cache.write(place, f"{kernel.name}.{arch}.{suffix}", content)
     except OSError as error:
-        warnings.warn(f"DG_JIT_DUMP_DIR: {kernel.name} cannot be written there: {error}", RuntimeWarning, stacklevel=2)
+        cache.say_once(f"DG_JIT_DUMP_DIR: {kernel.name} cannot be written there", folder, error)

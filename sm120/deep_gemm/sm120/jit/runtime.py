@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 
-from .. import settings
+from .. import checks, settings
 from . import shipped
 from .compiler import compile_kernel
 from .kernel import Kernel
 
 _EMULATED_ARCHITECTURE = "sm_120f"
 
-# (kernel, index of the GPU or emulated architecture) -> the driver's function or the emulator's module.
+# (kernel, index of the GPU or emulated architecture) -> the driver's function or the emulator's module. The emulator's
+# take megabytes: the oldest goes. A GPU's take 0.1 MB and stay, since a captured graph may launch any of them; a model
+# needs some twenty, so past the bound something makes up configurations without end.
 _loaded: dict[tuple[Kernel, int | str], Any] = {}
+_MOST_EMULATED, _MOST_ON_GPUS = 64, 4096
 _loading = threading.Lock()
 
 
@@ -55,12 +58,16 @@ def launch(
     parameters: ctypes.Structure,
     inputs: Mapping[str, torch.Tensor | None],
     outputs: Mapping[str, torch.Tensor],
+    checked: bool = False,
 ) -> None:
     """Starts `kernel` on the current stream of `device`.
 
     `inputs` and `outputs` are the tensors that the pointers in `parameters` point into; in the emulator every access is
-    checked against them, and their names stand in its errors.
+    checked against them, and their names stand in its errors. Refuses (ArgumentError) misaligned tensors, and outputs
+    that share memory with an input, unless a launch of the same call has `checked` these.
     """
+    if not checked:
+        checks.memory(inputs, outputs)
     if _is_cpu(device):
         _emulate(kernel, grid, parameters, inputs, outputs)
     else:
@@ -90,11 +97,17 @@ def _emulated(kernel: Kernel) -> Any:
     from ..emulator import Module
 
     arch = architecture_of(torch.device("cpu"))
-    if (kernel, arch) not in _loaded:
+    module = _loaded.get((kernel, arch))
+    if module is None:
         with _loading:
-            if (kernel, arch) not in _loaded:
-                _loaded[kernel, arch] = Module(compile_kernel(kernel, arch, "ptx").rstrip(b"\0").decode())
-    return _loaded[kernel, arch]
+            module = _loaded.get((kernel, arch))
+            if module is None:
+                module = Module(compile_kernel(kernel, arch, "ptx").rstrip(b"\0").decode())
+                emulated = [key for key in _loaded if isinstance(key[1], str)]
+                if len(emulated) >= _MOST_EMULATED:
+                    del _loaded[emulated[0]]
+                _loaded[kernel, arch] = module
+    return module
 
 
 # ---- a GPU: what PyTorch knows --------------------------------------------------------------------------------------
@@ -164,6 +177,11 @@ def _function(kernel: Kernel, index: int, stream: int) -> Any:
     """The kernel loaded on GPU `index`, a CUfunction. `stream` is where it is about to be launched."""
     with _loading:
         if (kernel, index) not in _loaded:
+            if len(_loaded) >= _MOST_ON_GPUS:
+                raise RuntimeError(
+                    f"{kernel.name} is not loaded on cuda:{index}: this process has loaded {_MOST_ON_GPUS} kernels, "
+                    "each for another configuration (heads, dim, page, types, alignment), and unloads none of them"
+                )
             try:
                 with _context(index):
                     if _is_capturing(stream):

@@ -33,8 +33,9 @@ def kernel(dtype: torch.dtype) -> Kernel:
 
 
 def clean(logits: torch.Tensor, windows: Windows, bounds: Mapping[str, torch.Tensor], compressed: bool = False) -> None:
-    """Sets the logits outside each row's window to -inf. `bounds` are the tensors that `windows` points into."""
+    """Sets the logits outside each row's window to -inf, in the call that wrote them. `bounds` are the tensors that
+    `windows` points into."""
     tokens, columns = logits.shape
     parameters = CleanParams(logits.data_ptr(), logits.stride(0), tokens, columns, compressed, windows)
     grid = (min(tokens, 65535), min(-(-columns // (8 * _THREADS)), 65535))
-    launch(kernel(logits.dtype), logits.device, grid, parameters, bounds, {"logits": logits})
+    launch(kernel(logits.dtype), logits.device, grid, parameters, bounds, {"logits": logits}, checked=True)

@@ -90,10 +90,13 @@ struct PagedKeys {
     __device__ const uint8* at(const uint8* array, uint32 page, uint32 tile, uint32 last_key, uint32 key, uint32 more,
                                uint32 offset) const {
         array += int64(page) * p->page_stride;
-        if constexpr (!kOnePage) return array + (min(tile * kTile + key + more, last_key) % kPage * kBytes + offset);
-        offset += tile % (kPage / kTile) * (kTile * kBytes);
-        if constexpr (kWhole) return array + (key * kBytes + offset) + more * kBytes;   // `more` becomes the load's constant
-        return array + (min(key + more, last_key - tile * kTile) * kBytes + offset);
+        if constexpr (kOnePage) {
+            offset += tile % (kPage / kTile) * (kTile * kBytes);
+            if constexpr (kWhole) return array + (key * kBytes + offset) + more * kBytes;   // `more`: the load's constant
+            return array + (min(key + more, last_key - tile * kTile) * kBytes + offset);
+        } else {
+            return array + (min(tile * kTile + key + more, last_key) % kPage * kBytes + offset);
+        }
     }
 
     template <int Half, bool kWhole>

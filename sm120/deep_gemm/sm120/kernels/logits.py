@@ -138,9 +138,10 @@ def alignment(query: int, keys: int, stride: int = 0) -> int:
 
 
 def few_rows(rows: int, slots: int) -> bool:
-    """Whether rows are taken one by one. Rows by the hundred are a prefill: neighbours see the same keys, which should leave
-    L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have nothing in
-    common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)"""
+    """Whether rows are taken one by one. Rows by the hundred are a prefill: neighbours see the same keys, which should
+    leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
+    nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
+    24 Nov 2026.)"""
     return rows < slots and rows <= FEW_ROWS
 
 
@@ -156,8 +157,8 @@ def rows_per_group(config: Config, next_n: int) -> int:
 
 @cache
 def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
-    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split: so many that blocks fill
-    the chip a few times, and that the last time leaves few SMs idle (15% of a prefill's time otherwise, 25 Nov 2026)."""
+    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split: so many that blocks
+    fill the chip a few times, and that the last time leaves few SMs idle (else up to 15% of the time, 25 Nov 2026)."""
     groups = -(-rows // min(32, config.warps * config.tokens))
     most = max(1, min(-(-keys // (TILE * config.warps)), 65535))
     fewest = min(most, -(-_BLOCKS_PER_SM * num_sms // groups))

@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from ..jit import Kernel, launch
-from .windows import Windows, windows_of_lengths
+from .windows import NO_LIMIT, Windows, windows_of_lengths
 
 
 class MetadataParams(ctypes.Structure):
@@ -25,7 +25,9 @@ KERNELS = FEW, MANY = _kernel(128), _kernel(1024)  # a block of 128 is there soo
 
 def plan(context_lens: torch.Tensor, schedule: torch.Tensor) -> None:
     """Fills `schedule`, int32 [slots + 1, 2]: where in the list of all 256-key splits each slot starts."""
-    windows = windows_of_lengths(context_lens, context_lens.shape[-1] if context_lens.dim() == 2 else 1)
+    # Garbage of any length is cut, so that neither a row's keys nor all rows' splits overflow when they are counted.
+    limit = min(NO_LIMIT - 255, NO_LIMIT // max(context_lens.shape[0], 1) * 256)
+    windows = windows_of_lengths(context_lens, context_lens.shape[-1] if context_lens.dim() == 2 else 1, limit)
     parameters = MetadataParams(schedule.data_ptr(), schedule.shape[0] - 1, windows)
     kernel = FEW if windows.rows <= FEW.threads else MANY
     launch(kernel, schedule.device, (1, 1), parameters, {"context_lens": context_lens}, {"schedule": schedule})

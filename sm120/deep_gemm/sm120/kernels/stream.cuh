@@ -112,7 +112,9 @@ struct Stream {
     __device__ void begin_eight(int unit) {
         const int tile = unit / 4, key = unit % 4 * 8;
         source.locate(tile, 0, last_key, lane);
-        Format::load(words[0], source.template values<0, false>(tile, last_key, key + lane.g, 0, Format::lane_offset(lane)));
+        const uint32 offset = Format::lane_offset(lane);
+        Format::load(words[0], key < kTile / 2 ? source.template values<0, false>(tile, last_key, key + lane.g, 0, offset)
+                                               : source.template values<1, false>(tile, last_key, key + lane.g, 0, offset));
         next_scale = ptx::load_word(source.template scales<false>(
             tile, last_key, key + (Format::kScaleFirst ? lane.g : scorer.key_of_eight(lane))));
     }

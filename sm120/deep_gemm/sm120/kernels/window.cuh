@@ -20,7 +20,7 @@ struct Windows {
             end = ptx::load_word(ends + token);
         } else {
             const int row = token / next_n;
-            end = int(ptx::load_word(ends + row)) - (next_n - 1 - (token - row * next_n));
+            end = max(int(ptx::load_word(ends + row)), 0) - (next_n - 1 - (token - row * next_n));
         }
         return {starts ? max(int(ptx::load_word(starts + token)), 0) : 0, max(0, min(end, limit))};
     }

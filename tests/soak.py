@@ -1,0 +1,169 @@
+"""Calls by the ten thousand, over changing shapes, streams and threads, and what grew meanwhile, as JSON:
+
+python tests/soak.py 100000 cuda    launches run, and one result in 50 is compared
+python tests/soak.py 100000 cpu     launches end in the driver's stand-in, which test_soak.py puts in sight
+"""
+
+import collections
+import gc
+import json
+import random
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":  # before what it brings
+    sys.path.insert(1, str(Path(__file__).parent.parent / "sm120"))
+
+import torch
+from problems import Paged, Ragged
+
+import deep_gemm
+from deep_gemm.sm120.jit import runtime
+from deep_gemm.sm120.kernels import logits
+
+THREADS, ROUNDS, BATCH, STREAMS = 4, 8, 24, 2  # streams of a thread
+
+Call = Callable[[random.Random], tuple[torch.Tensor, torch.Tensor]]
+
+
+def paged(problem: Paged) -> Call:
+    """Any part of the batch and of the columns, cleaned or not, into the caller's tensor or one of ours."""
+    q, cache, weights, lengths, table, _, columns = problem.arguments(None)
+    expected = problem.expected()
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, width = rng.randint(1, BATCH), rng.randint(1, columns)
+        rows = batch * problem.next_n
+        query = tuple(part[:batch] for part in q) if problem.fp4 else q[:batch]
+        plan = deep_gemm.get_paged_mqa_logits_metadata(lengths[:batch], problem.block_kv, rng.randint(1, 188))
+        got = deep_gemm.fp8_fp4_paged_mqa_logits(
+            query, cache, weights[:rows], lengths[:batch], table[:batch], plan, width, rng.random() < 0.5,
+            out=torch.empty(rows, width, device=weights.device) if rng.random() < 0.5 else None,
+        )  # fmt: skip
+        return got, expected[:rows, :width]
+
+    return call
+
+
+def ragged(problem: Ragged) -> Call:
+    """Any of the rows, cleaned or not."""
+    expected = problem.expected()
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = rng.randint(1, BATCH)
+        q, kv, *rest = problem.arguments()
+        return deep_gemm.fp8_mqa_logits(q[:rows], kv, *(x[:rows] for x in rest), rng.random() < 0.5), expected[:rows]
+
+    return call
+
+
+def calls_on(device: str) -> list[Call]:
+    """What a server of several models mixes: they differ in whatever a kernel is compiled for."""
+    made = []
+    for heads, page, fp4, next_n in [(8, 64, False, 1), (16, 64, False, 2), (8, 32, True, 1), (16, 128, True, 9)]:
+        lengths = [[random.randint(0, 300) for _ in range(next_n)] for _ in range(BATCH)]
+        made.append(paged(Paged(lengths, next_n=next_n, heads=heads, block_kv=page, fp4=fp4, device=device)))
+    ends = [random.randint(0, 200) for _ in range(BATCH)]
+    return [*made, ragged(Ragged([0] * BATCH, ends, 200, heads=8, device=device))]
+
+
+class Card:
+    """A GPU: the streams that threads choose from, and what can be seen of its memory."""
+
+    def __init__(self) -> None:
+        self.streams = [torch.cuda.Stream() for _ in range(STREAMS * THREADS)]
+
+    def choose(self, number: int) -> None:
+        """Makes stream `number` this thread's current one."""
+        torch.cuda.set_stream(self.streams[number])
+
+    def compare(self, got: torch.Tensor, expected: torch.Tensor) -> bool:
+        inside = expected != -torch.inf
+        return torch.allclose(got[inside].double(), expected[inside], rtol=1e-3, atol=1e-2)
+
+    def state(self) -> dict[str, int]:
+        torch.cuda.synchronize()
+        free, whole = torch.cuda.mem_get_info()
+        return {"tensors": torch.cuda.memory_allocated(), "device": whole - free}
+
+
+class StandIn:
+    """The driver's stand-in: counts what arrives on which stream."""
+
+    def __init__(self) -> None:
+        from standin.driver import Standin
+
+        self.standin, self.chosen, self.arrived, self.loads = Standin(), threading.local(), collections.Counter(), 0
+        self.standin.without_emulator()
+        self.callback = type(self.standin._callback)(self._arrive)
+        self.standin.library.standin_on_launch(self.callback)
+        runtime._emulate = lambda kernel, grid, parameters, *_: runtime._launch_on_gpu(
+            kernel, 0, self.chosen.stream, grid, parameters
+        )
+
+    def _arrive(self, launch) -> int:
+        self.arrived[launch.contents.stream] += 1
+        return 0 if launch.contents.stream == self.chosen.stream else 400
+
+    def choose(self, number: int) -> None:
+        self.chosen.stream = number + 1
+
+    def compare(self, got: torch.Tensor, expected: torch.Tensor) -> bool:
+        return got.shape == expected.shape
+
+    def state(self) -> dict[str, int]:
+        calls = self.standin.calls()
+        self.loads += calls.count("cuLibraryLoadData") - calls.count("cuLibraryUnload")
+        return {"modules": self.loads, "streams": len(self.arrived), "launches": sum(self.arrived.values())}
+
+
+def state(card: Card | StandIn) -> dict[str, int]:
+    """All that could grow."""
+    gc.collect()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return card.state() | {
+        "blocks": sys.getallocatedblocks(),
+        "resident": resident,
+        "loaded": len(runtime._loaded),
+        "configurations": logits.configure.cache_info().currsize,
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+def soak(total: int, device: str) -> dict:
+    card = Card() if device == "cuda" else StandIn()
+    calls, problems = calls_on(device), []
+
+    def work(share: int, thread: int) -> None:
+        rng = random.Random()
+        try:
+            for i in range(share):
+                card.choose(STREAMS * thread + rng.randrange(STREAMS))
+                got, expected = rng.choice(calls)(rng)
+                if i % 50 == 0 and not card.compare(got, expected):
+                    problems.append("wrong logits")
+        except Exception as problem:
+            problems.append(repr(problem))
+
+    def round_of(share: int) -> None:  # threads of its own, as a server's pool has
+        threads = [threading.Thread(target=work, args=(share, thread)) for thread in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    card.choose(0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    round_of(300)
+    round_of(300)
+    before = state(card)
+    for _ in range(ROUNDS):
+        round_of(total // THREADS // ROUNDS)
+    return {"before": before, "after": state(card), "problems": problems[:5]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(soak(int(sys.argv[1]), sys.argv[2])))

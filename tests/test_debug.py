@@ -1,0 +1,142 @@
+"""Debug mode names who hands in garbage: function, tensor, place, row and value."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from problems import Paged, Ragged
+
+import deep_gemm
+from deep_gemm.sm120 import ArgumentError, debug
+
+GARBAGE = [-(2**31), -1, 2**31 - 1]
+
+
+@pytest.fixture(autouse=True)
+def on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debug, "ON", True)
+
+
+def paged(device: str, next_n: int = 1) -> tuple[Paged, torch.Tensor]:
+    lengths = [300, 0, 37, 520] if next_n == 1 else [[300, 301], [0, 0], [36, 37], [520, 519]]
+    problem = Paged(lengths, next_n=next_n, heads=8, device=device)
+    return problem, deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 6)
+
+
+def refused(call: Callable, *words: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_what_is_right_passes(device: str, next_n: int) -> None:
+    problem, schedule = paged(device, next_n)
+    assert deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule)).isfinite().any()
+    whole = torch.tensor([[0, 0], [4, 0]], dtype=torch.int32, device=device)
+    deep_gemm.fp8_paged_mqa_logits(*problem.arguments(whole))
+    deep_gemm.fp8_mqa_logits(*Ragged([0, 5, 9], [8, 5, 20], 20, heads=8, device=device).arguments(), max_seqlen_k=11)
+    empty = Paged([0, 0], heads=8, max_context_len=64, device=device)
+    deep_gemm.fp8_paged_mqa_logits(*empty.arguments(deep_gemm.get_paged_mqa_logits_metadata(empty.context_lens, 64, 3)))
+
+
+@pytest.mark.parametrize("value", [*GARBAGE, 521])
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_lengths(device: str, next_n: int, value: int) -> None:
+    problem, schedule = paged(device, next_n)
+    problem.context_lens.view(4, -1)[2, 0] = value
+    place = "context_lens[2, 0], row 2," if next_n == 2 else "context_lens[2], row 2,"
+    words = "fp8_paged_mqa_logits: ", f"{place} is {value}; expected 0 to 520 keys, which max_context_len allow"
+    refused(lambda: deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule)), *words)
+    if value < 0:
+        words = "get_paged_mqa_logits_metadata: ", f"{place} is {value}; expected 0 or more keys"
+        refused(lambda: deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 6), *words)
+
+
+def test_lengths_past_the_table(device: str) -> None:
+    problem, schedule = paged(device)
+    problem.block_table = problem.block_table[:, :8].contiguous()
+    words = "context_lens[3], row 3, is 520", "0 to 512 keys, which the 8 columns of block_table allow"
+    refused(lambda: deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule)), *words)
+
+
+@pytest.mark.parametrize("value", [*GARBAGE, "pages"])
+def test_pages(device: str, value: int | str) -> None:
+    """Within the row's length; what lies past it may be anything (and is, in these problems)."""
+    problem, schedule = paged(device)
+    pages = len(problem.kv_cache)
+    value = pages if value == "pages" else value
+    problem.block_table[3, 8] = value
+    words = "fp8_fp4_paged_mqa_logits: block_table[3, 8], row 3,", f"is {value}; expected a page from 0 to {pages - 1}"
+    refused(lambda: deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule)), *words)
+
+
+@pytest.mark.parametrize(
+    "slot, entry, words",
+    [
+        (2, (7, 0), ["schedule_meta[2, 0], entry 2, is 7", "a row from 0 to 4"]),
+        (2, (-1, 0), ["schedule_meta[2, 0], entry 2, is -1"]),
+        (3, (3, 9), ["schedule_meta[3, 1], entry 3, is 9", "a split that its row has"]),
+        (3, (3, -9), ["schedule_meta[3, 1], entry 3, is -9"]),
+        (4, (0, 0), ["schedule_meta[4, 0], entry 4, is 0", "behind the one before it"]),
+        (6, (3, 2), ["schedule_meta[6, 0], entry 6, is 3", "all 6 splits of these context_lens"]),
+        (0, (0, 1), ["schedule_meta[0, 0], entry 0, is 0", "all 6 splits of these context_lens"]),
+    ],
+)
+def test_schedules(device: str, slot: int, entry: tuple[int, int], words: list[str]) -> None:
+    problem, schedule = paged(device)
+    schedule[slot] = torch.tensor(entry)
+    refused(lambda: deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule)), "fp8_paged_mqa_logits: ", *words)
+
+
+def test_a_schedule_of_other_rows(device: str) -> None:
+    """It ends before the last row; one of other lengths may still be whole, and is taken."""
+    problem, _ = paged(device)
+    few = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens[:3], 64, 6)
+    words = "fp8_paged_mqa_logits: ", "schedule_meta[6, 0], entry 6, is 3", "all 6 splits of these context_lens"
+    refused(lambda: deep_gemm.fp8_paged_mqa_logits(*problem.arguments(few)), *words)
+    shorter = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens // 2, 64, 6)
+    deep_gemm.fp8_paged_mqa_logits(*problem.arguments(shorter))
+
+
+@pytest.mark.parametrize(
+    "bound, value, columns, words",
+    [
+        ("ks", -1, 0, ["cu_seq_len_k_start[1], row 1, is -1", "0 to 20, the number of keys"]),
+        ("ke", 21, 0, ["cu_seq_len_k_end[1], row 1, is 21"]),
+        ("ke", -(2**31), 0, [f"cu_seq_len_k_end[1], row 1, is {-(2**31)}"]),
+        ("ke", 4, 0, ["cu_seq_len_k_end[1], row 1, is 4", "at least cu_seq_len_k_start"]),
+        ("ke", 17, 11, ["cu_seq_len_k_end[1], row 1, is 17", "at most max_seqlen_k = 11 keys"]),
+    ],
+)
+@pytest.mark.parametrize("function", ["fp8_mqa_logits", "fp8_fp4_mqa_logits"])
+def test_bounds(device: str, function: str, bound: str, value: int, columns: int, words: list[str]) -> None:
+    problem = Ragged([0, 5, 9], [8, 5, 20], 20, heads=8, device=device)
+    getattr(problem, bound)[1] = value
+    call = getattr(deep_gemm, function)
+    refused(lambda: call(*problem.arguments(), max_seqlen_k=columns), f"{function}: ", *words)
+
+
+def test_the_switch() -> None:
+    code = """
+import torch, deep_gemm
+try:
+    deep_gemm.get_paged_mqa_logits_metadata(torch.tensor([[-5]], dtype=torch.int32), 64, 6)
+    print("taken")
+except RuntimeError as error:
+    print(error)"""
+    said = []
+    for switch in ("0", "1"):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(deep_gemm.__file__).parent.parent),
+            "DG_SM120_DEBUG": switch,
+        }
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        said.append(done.stdout.strip())
+    assert said[0] == "taken" and "context_lens[0, 0], row 0, is -5" in said[1]
