@@ -41,14 +41,13 @@ struct Group {
         return loop;
     }
 
-    // `source` is open; `there` says whether it knows its places already. Else queries come first, in the meantime.
+    // `source` is open.
     template <int kN, class Params>
-    __device__ static void score(const Params& p, const Share<kN>& share, const Source& source, bool there, bool compressed,
+    __device__ static void score(const Params& p, const Share<kN>& share, const Source& source, bool compressed,
                                 const Lane& lane) {
         Loop<kN> loop = prepare(p, share, source, compressed, lane);
-        if (there) loop.begin(share.tile);
+        loop.begin(share.tile);
         loop.load(p.queries, share.tokens);
-        if (!there) loop.begin(share.tile);
         loop.run(share.tile, share.to);
     }
 
@@ -106,14 +105,14 @@ struct Group {
                                       work.windows[i].end, lane);
         }
         if (together) {
-            score(p, work, open(p, work, lane), false, compressed, lane);
+            score(p, work, open(p, work, lane), compressed, lane);
         } else if constexpr (kTokens > 1 && Source::kRowsDiffer) {
             #pragma unroll 1
             for (int i = 0; i < min(kTokens, count - rank); ++i) {
                 const int chosen = __ffs(__ballot_sync(kAllLanes, my_rank == rank + i)) - 1, token = first_token + chosen;
                 const Window window{0, __shfl_sync(kAllLanes, mine.end, chosen)};
                 const Share<1> alone{{token}, {window}, token / p.windows.next_n, window.end, from + share, shares, until};
-                score(p, alone, open(p, alone, lane), false, compressed, lane);
+                score(p, alone, open(p, alone, lane), compressed, lane);
             }
         }
         return rest;

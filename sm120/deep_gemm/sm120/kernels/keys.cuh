@@ -32,40 +32,31 @@ struct PagedKeys {
     static constexpr bool kOnePage = kPage % kTile == 0;   // else the two halves of a tile may lie in two pages
 
     // Page numbers come from as far as keys do, and keys cannot be asked for without them. So lane i holds that of the ith
-    // tile to come, in `now`, and of the tile 32 later, in `later`; a shuffle hands it out.
+    // tile to come, of 32; a shuffle hands it out.
     struct Ahead { uint32 halves[kOnePage ? 1 : 2]; };
 
     const Pages* p;
-    const int* table;            // of this row
+    uint32 table;                // entry of the block table at which this row begins
     uint32 page[2];              // of the tile's halves
-    Ahead now, later;
+    Ahead ahead;
     int turn;
 
-    __device__ PagedKeys(const Pages& p, int row) : p(&p), table(p.block_table + row * p.table_stride) {}
-
-    __device__ Ahead ask(uint32 tile, uint32 last_key) const {
-        Ahead ahead;
-        #pragma unroll
-        for (int half = 0; half < (kOnePage ? 1 : 2); ++half) {
-            ahead.halves[half] = ptx::load_word(table + min(tile * kTile + half * kTile / 2, last_key) / kPage);
-        }
-        return ahead;
-    }
+    __device__ PagedKeys(const Pages& p, int row) : p(&p), table(row * p.table_stride) {}
 
     __device__ void open(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
-        now = ask(tile + lane.id * step, last_key);
-        later = ask(tile + (32 + lane.id) * step, last_key);
+        #pragma unroll
+        for (int half = 0; half < (kOnePage ? 1 : 2); ++half) {
+            const uint32 key = min((tile + lane.id * step) * kTile + half * kTile / 2, last_key);
+            ahead.halves[half] = ptx::load_word(p->block_table + (table + key / kPage));
+        }
         turn = 0;
     }
 
     // `tile` is the one meant from now on.
     __device__ void locate(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
-        if (turn == 32) {
-            now = later, turn = 0;
-            later = ask(tile + (32 + lane.id) * step, last_key);
-        }
-        page[0] = min(__shfl_sync(kAllLanes, now.halves[0], turn), p->pages - 1);
-        page[1] = kOnePage ? page[0] : min(__shfl_sync(kAllLanes, now.halves[kOnePage ? 0 : 1], turn), p->pages - 1);
+        if (turn == 32) open(tile, step, last_key, lane);
+        page[0] = min(__shfl_sync(kAllLanes, ahead.halves[0], turn), p->pages - 1);
+        page[1] = kOnePage ? page[0] : min(__shfl_sync(kAllLanes, ahead.halves[kOnePage ? 0 : 1], turn), p->pages - 1);
         ++turn;
     }
 

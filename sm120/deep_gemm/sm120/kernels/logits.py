@@ -13,6 +13,7 @@ from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
 FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
+FEW_TOKENS = 8  # of each, at most: a warp for each
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
 
 _QUERIES = [
@@ -95,7 +96,7 @@ class Config:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
             query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
-            return 12 if query > 4096 or query == 4096 and (self.few_rows or self.tokens > 1) else 16
+            return 12 if query > 4096 or query == 4096 and (self.few_rows and self.fp4 or self.tokens > 1) else 16
         return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
     @cached_property
@@ -137,12 +138,12 @@ def alignment(query: int, keys: int, stride: int = 0) -> int:
     return together & -together
 
 
-def few_rows(rows: int, slots: int) -> bool:
+def few_rows(rows: int, next_n: int, slots: int) -> bool:
     """Whether rows are taken one by one. Rows by the hundred are a prefill: neighbours see the same keys, which should
     leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
     nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
     24 Nov 2026.)"""
-    return rows < slots and rows <= FEW_ROWS
+    return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
 
 
 def together(next_n: int) -> int:

@@ -6,7 +6,7 @@
 // made of formats.cuh (operands), score.cuh (queries and their scores), keys.cuh (where keys lie) and sinks.cuh (logits).
 //
 // Grid    one block for each slot of the schedule, kWarps warps each; one block an SM.
-// Few     rows (a decode step): the warps of the whole grid share out the tiles of all rows evenly, each finds its own. The
+// Few     rows (a decode step) of no more tokens than a block takes: the warps of the whole grid share out the tiles of all rows evenly, each finds its own. The
 //         schedule, in splits of 256 keys, is coarser than that, and reading it would be one more load that others wait for.
 //         With one row, three loads wait for each other: length and page, then query and keys.
 // Many    rows (a prefill, or a very large batch): blocks take groups of `rows_per_group` neighbouring rows, over the part of
@@ -56,20 +56,25 @@ struct Paged {
         return share;
     }
 
+    // The keys of the longest token of row 0.
+    __device__ static int longest_of_one(const PagedParams& p, const Lane& lane) {
+        const int length = lane.id < p.windows.lengths_per_row ? ptx::load_word(p.windows.ends + lane.id) : 0;
+        return min(max(__reduce_max_sync(kAllLanes, length), 0), p.windows.limit);
+    }
+
     // One row: neighbouring tiles go to different SMs. Which tile is a warp's first does not depend on the length, so its page
     // is asked for together with that. More rows: all tiles of all rows stand in one list, of which each block takes a piece,
     // and each of its warps every so many.
     __device__ static void run_few(const PagedParams& p) {
         ptx::griddepcontrol();
         const Lane lane;
-        // How far in the list this warp has come, and its set of tokens; all else is worked out anew when a row ends:
-        // registers are dearer.
-        for (int come = 0, turn = 0;;) {
+        // How far in the list this warp has come; all else is worked out anew when a row ends: registers are dearer.
+        for (int come = 0;;) {
             const int warp = threadIdx.x / 32, block = blockIdx.x, slots = gridDim.x;
             const int sets = (p.windows.next_n + kTokens - 1) / kTokens;
-            const int shares = sets == 1 ? kWarps : max(1, kWarps / sets), share = sets == 1 ? warp : warp / sets;
-            const int set = warp - share * sets + turn * kWarps;       // more tokens than warps take turns
-            if (share >= shares || set >= sets) return;
+            const int shares = sets == 1 ? kWarps : kWarps / sets, share = sets == 1 ? warp : warp / sets;
+            const int set = warp - share * sets;
+            if (share >= shares) return;
             const bool one_row = p.windows.rows == 1;
 
             int row = 0, first = 0, length, item = block + slots * share, step = slots * shares, to;
@@ -79,10 +84,10 @@ struct Paged {
                 Source source_of_eight = source;
                 source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
                 source.open(item, step, p.windows.limit - 1, lane);
-                length = max(p.windows.longest(0), 0);
+                length = longest_of_one(p, lane);
                 to = tiles_of(length);
                 // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
-                if (sets <= kWarps && to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
+                if (to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
                     const Share<kTokens> work = share_of(p, 0, length, set, item, step, to);
                     if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
                     return;
@@ -121,16 +126,12 @@ struct Paged {
             }
             const int limit = min(to - first, tiles_of(length));
             const Share<kTokens> work = share_of(p, row, length, set, item - first, step, limit);
+            const bool more = !one_row && first + limit < to;          // to find that out again would take 0.5 us
             if (work.tile < work.to) {
                 if (!one_row) source = Group::open(p, work, lane);
-                Group::score(p, work, source, one_row, false, lane);
+                Group::score(p, work, source, false, lane);
             }
-            if (p.windows.next_n > kTokens * kWarps && set + kWarps < (p.windows.next_n + kTokens - 1) / kTokens) {
-                ++turn;
-                continue;
-            }
-            if (one_row) return;
-            turn = 0;
+            if (!more) return;
             come += (limit - work.tile + step - 1) / step * step;
         }
     }
