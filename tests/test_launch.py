@@ -111,7 +111,7 @@ def test_the_whole_api_computes_what_the_emulator_does(run, problem: str) -> Non
     same, same_too, trouble, launches, loads = run(code)
     assert same and same_too, trouble
     plan, paged, ragged, clean = launches
-    assert plan == "paged_mqa_logits_metadata" and "paged_mqa" in paged and "ragged" in ragged and "clean" in clean
+    assert plan == "paged_mqa_logits_metadata_128" and "paged_mqa" in paged and "ragged" in ragged and "clean" in clean
     assert loads == 4
 
 
