@@ -46,7 +46,7 @@ def test_the_compiler_has_nothing_to_say(arch: str, layout: dict, fp4: bool) -> 
     """A function that returns nothing it should is a warning to it, and anything to the card."""
     config = logits.configure(arch, fp4, 16, 64, weights=torch.float32, logits=torch.bfloat16, **layout)
     nvrtc, options = compiler._bindings(), [*compiler._options(arch), f"--include-path={compiler.HEADERS}"]
-    for kernel in (config.kernel, metadata.KERNEL, clean.kernel(torch.float32)):
+    for kernel in (config.kernel, *metadata.KERNELS, clean.kernel(torch.float32)):
         _, program = nvrtc.nvrtcCreateProgram(kernel.source.encode(), b"", 0, [], [])
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = compiler._fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")

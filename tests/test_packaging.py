@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sass
 from conftest import ROOT
 
 PIN = re.search(r"^([\w.-]+)==([\w.]+)", (ROOT / "upstream.txt").read_text(), re.MULTILINE)
@@ -61,13 +62,26 @@ def test_the_lean_wheel_holds_every_source_file_and_nothing_else(lean: Path) -> 
     assert lean.name.endswith("-py3-none-any.whl")
 
 
+def shipped(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {Path(name).name: archive.read(name) for name in archive.namelist() if SHIPPED in name}
+
+
 def test_the_common_kernels_are_compiled_ahead(lean: Path) -> None:
-    with zipfile.ZipFile(lean) as archive:
-        files = {Path(name).name: archive.read(name) for name in archive.namelist() if SHIPPED in name}
+    files = shipped(lean)
     index = json.loads(files.pop("index.json"))
-    assert sorted(index.values()) == sorted(files) and len(files) == 24 + 2 + 1  # logits, cleaning, metadata
+    assert sorted(index.values()) == sorted(files) and len(files) == 40 + 2 + 2  # logits, cleaning, metadata
     assert all(cubin[:4] == b"\x7fELF" for cubin in files.values())
     assert sum(map(len, files.values())) < 5 << 20
+
+
+def test_no_kernel_that_is_shipped_spills(lean: Path) -> None:
+    files = shipped(lean)
+    used = {name: sass.resources(cubin) for name, cubin in files.items() if name.endswith(".cubin")}
+    assert len(used) > 40
+    for kernels in used.values():
+        for name, resources in kernels.items():
+            assert 0 < resources.registers < 255 and resources.stack == 0, f"{name} spills: {resources}"
 
 
 def test_the_wheel_satisfies_the_pin_on_upstream_s_and_replaces_it(lean: Path) -> None:

@@ -299,13 +299,13 @@ def test_a_barrier_less_in_our_own_kernel(which: int, tmp_path: Path, monkeypatc
     def race(text: str) -> str | None:
         (headers / "metadata.cuh").write_text(text)
         monkeypatch.setattr(compiler, "HEADERS", headers)
-        module = Module(compiler.compile_kernel(metadata.KERNEL, "sm_120f", "ptx").rstrip(b"\0").decode())
+        module = Module(compiler.compile_kernel(metadata.MANY, "sm_120f", "ptx").rstrip(b"\0").decode())
         lengths, schedule = torch.randint(1, 9000, (3000,), dtype=torch.int32), torch.zeros(13, 2, dtype=torch.int32)
         parameters = metadata.MetadataParams(schedule.data_ptr(), 12, windows_of_lengths(lengths, 1))
         buffers = [Buffer.of(lengths, "lengths"), Buffer.of(schedule, "schedule", unwritten=True)]
-        assert ctypes.sizeof(parameters) == module.kernel(metadata.KERNEL.name).param_bytes
+        assert ctypes.sizeof(parameters) == module.kernel(metadata.MANY.name).param_bytes
         try:
-            module.launch(metadata.KERNEL.name, 1, 1024, bytes(parameters), buffers, sanitize=True)
+            module.launch(metadata.MANY.name, 1, metadata.MANY.threads, bytes(parameters), buffers, sanitize=True)
         except EmulatorError as error:
             return str(error)
         return None

@@ -30,7 +30,9 @@ class AddParams(ctypes.Structure):
 def write_header(folder: Path, text: str = HEADER) -> None:
     """Makes `folder` the place where kernels' headers lie, with ours in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "add.cuh").write_text(text)
+    header = folder / "add.cuh"
+    if not header.exists() or header.read_text() != text:  # other processes may be reading it
+        header.write_text(text)
     compiler.HEADERS = folder
 
 

@@ -120,7 +120,7 @@ def main(rounds: int = 5) -> None:
 
 
 def ship(package: Path) -> None:
-    """Puts a copy of the sources into `package`, with the two kernels as the wheel ships them."""
+    """Puts a copy of the sources into `package`, with the kernels of `ours` as the wheel ships them."""
     import compileall
     import shutil
 
@@ -130,8 +130,8 @@ def ship(package: Path) -> None:
     from deep_gemm.sm120.kernels import logits, metadata
 
     shutil.copytree(ROOT / "sm120", package, ignore=shutil.ignore_patterns("__pycache__", "shipped", "*.egg-info"))
-    config = logits.configure("sm_120f", False, 64, 128, 64, torch.float32, torch.float32, 32, False)
-    shipped.write(package / "deep_gemm/sm120/jit/shipped", [metadata.KERNEL, config.kernel], "sm_120f")
+    config = logits.configure("sm_120f", False, 64, 128, 64, torch.float32, torch.float32, few_rows=True)
+    shipped.write(package / "deep_gemm/sm120/jit/shipped", [metadata.FEW, config.kernel], "sm_120f")
     compileall.compile_dir(package, quiet=1)  # as pip does
 
 

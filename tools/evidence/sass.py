@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from cuda.pathfinder import find_nvidia_binary_utility
 
@@ -318,13 +317,15 @@ def awaited_loads(path: Iterable[Instruction]) -> list[Instruction]:
 
 def disassemble(cubin: bytes) -> dict[str, Function]:
     """Every kernel of a cubin, by its (mangled) name."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = _run("nvdisasm", "-hex", "-c", file.name)
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-    resources = _resources(usage)
-    return {name: Function(name, parsed, resources[name]) for name, parsed in parse(listing).items()}
+    used, listing = resources(cubin), _run(cubin, "nvdisasm", "-hex", "-c")
+    return {name: Function(name, parsed, used[name]) for name, parsed in parse(listing).items()}
+
+
+def resources(cubin: bytes) -> dict[str, Resources]:
+    """What every kernel of a cubin takes. Registers that are spilled lie on the stack."""
+    found = re.findall(r"Function (\S+):\s+(.*)", _run(cubin, "cuobjdump", "--dump-resource-usage"))
+    fields = {name: dict(re.findall(r"(\w+):(\d+)", line)) for name, line in found}
+    return {name: Resources(int(f["REG"]), int(f["STACK"]), int(f["SHARED"])) for name, f in fields.items()}
 
 
 def parse(listing: str) -> dict[str, tuple[Instruction, ...]]:
@@ -370,14 +371,11 @@ def _instruction(address: int, text: str, encoding: int, labels: dict[str, int])
     )
 
 
-def _resources(usage: str) -> dict[str, Resources]:
-    found = re.findall(r"Function (\S+):\s+(.*)", usage)
-    fields = {name: dict(re.findall(r"(\w+):(\d+)", line)) for name, line in found}
-    return {name: Resources(int(f["REG"]), int(f["STACK"]), int(f["SHARED"])) for name, f in fields.items()}
-
-
-def _run(tool: str, *arguments: str | Path) -> str:
+def _run(cubin: bytes, tool: str, *options: str) -> str:
     path = find_nvidia_binary_utility(tool)
     if path is None:
         raise RuntimeError(f"{tool}: not found; `pip install nvidia-cuda-{tool}`")
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout

@@ -3,11 +3,12 @@
     python tools/evidence/schedules.py [--out docs/performance]
 
 ours        the schedule in splits of 256 keys, consumed in such splits.  SGLang's planner writes the same schedule.
+            Few rows (fewer than SMs, at most 128) do not go by it: their kernel shares out tiles of 32 keys evenly.
 peer        the peer's schedule in splits of 128 keys, consumed by its kernels.
 mismatch    SGLang's schedule in splits of 256 keys, handed to the peer's kernels, which read 128 into it: every slot
             does half of its share but the one that ends a row, which does all the rest of that row.
 
-Work is counted in keys: ours multiplies tiles of 16, the peer whole splits of 128, and one for a row of length 0 that
+Work is counted in keys: ours multiplies tiles of 32, the peer whole splits of 128, and one for a row of length 0 that
 it walks across.  The even share is all keys over all SMs, the same for the three, so a batch too small to fill the SMs
 is above 1 however it is planned.  A schedule counts a short row's only split like a full one, so many rows of 64 keys
 beside a long one come out up to 4 (peer: 2) times an even share of keys.  One query token a request, rows not grouped;
@@ -56,7 +57,7 @@ def imbalance(lengths: np.ndarray, num_sms: int) -> dict[str, float]:
     """Longest SM over the even share, by scheme."""
     ours, peers = plan(lengths, num_sms, 256), plan(lengths, num_sms, 128)
     loads = {
-        "ours": work(lengths, ours, 256, 16),
+        "ours": work(lengths, ours, 256, 32),
         "peer": work(lengths, peers, 128, 128, empty=128),
         "mismatch": work(lengths, ours, 128, 128, empty=128),
     }

@@ -35,7 +35,7 @@ def warmup(
     The defaults are DeepSeek-V4's.
 
     heads, dim, block_kv, fp4    as in the functions' arguments
-    next_n                       the most query tokens of a request; above 8, the kernel for more is made ready as well
+    next_n                       the most query tokens of a request
     paged, ragged                for which of the functions
     weights_dtype, logits_dtype  float32 or bfloat16
     alignment                    bytes, 4 to 32: where q, keys and pages begin. PyTorch's allocations have 32; less if
@@ -68,7 +68,9 @@ def _kernels(
     )
     kernels = [clean.kernel(logits_dtype)]
     if paged:
-        kernels += [*metadata.KERNELS, *(config(page=block_kv, few_rows=few).kernel for few in (True, False))]
+        together = {logits.together(n) for n in range(1, min(next_n, 4) + 1)}
+        few = {config(page=block_kv, few_rows=True, next_n=n).kernel: None for n in sorted(together)}
+        kernels += [*metadata.KERNELS, *few, config(page=block_kv).kernel]
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels
@@ -91,7 +93,7 @@ def _device(device: torch.device | str | int | None) -> torch.device:
 def ship(folder: Path) -> None:
     """Compiles the models' common sizes into `folder`, in a wheel that is being built: pages of 64, fp32 weights."""
     kernels = itertools.chain.from_iterable(
-        _kernels(_SHIPPED_ARCHITECTURE, heads, 128, 64, fp4, 1, True, True, torch.float32, dtype, 32)
+        _kernels(_SHIPPED_ARCHITECTURE, heads, 128, 64, fp4, 4, True, True, torch.float32, dtype, 32)
         for heads in (64, 32, 16)
         for fp4 in (False, True)
         for dtype in _DTYPES

@@ -105,6 +105,7 @@ class Config:
 
 
 configure = cache(Config)  # of the same arguments the same object, which knows its kernel and has read the switch
+_one = cache(Kernel)  # configurations that differ in nothing compiled share a kernel: what is warm for one is for all
 
 _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
 
@@ -129,7 +130,7 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         layout, page, header = "ragged", "", "ragged.cuh"
         call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
     name = f"{tag}_{layout}_mqa_logits_h{config.heads}_d{config.dim}{page}_{weights}_{logits}"
-    return Kernel(name, header, f"    {call}", 32 * config.warps, parameters)
+    return _one(name, header, f"    {call}", 32 * config.warps, parameters)
 
 
 def alignment(query: int, keys: int, stride: int = 0) -> int:
