@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+import deep_gemm
 from deep_gemm.sm120 import reference
 
 
@@ -27,15 +28,25 @@ def random_fp4(shape: tuple[int, ...], rng: torch.Generator) -> tuple[torch.Tens
     return values, scales.view(torch.int32).squeeze(-1)
 
 
+def random_mxfp8(shape: tuple[int, ...], rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 [..., dim] and UE8M0 words [...]."""
+    scales = torch.randint(120, 134, (*shape[:-1], 4), generator=rng, dtype=torch.uint8)
+    return random_fp8(shape, rng), scales.view(torch.int32).squeeze(-1)
+
+
 def random_weights(rows: int, heads: int, rng: torch.Generator, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn((rows, heads), generator=rng).to(dtype)
 
 
-def make_cache(pages: int, block_kv: int, dim: int, fp4: bool, rng: torch.Generator, padding: int = 0) -> torch.Tensor:
+def make_cache(
+    pages: int, block_kv: int, dim: int, fp4: bool, rng: torch.Generator, padding: int = 0, mx: bool = False
+) -> torch.Tensor:
     """uint8 [pages, block_kv, 1, row + 4]: per page all values, then all scales, then `padding` bytes of garbage."""
     row = dim // 2 if fp4 else dim
     if fp4:
         values, scales = random_fp4((pages, block_kv, dim), rng)
+    elif mx:
+        values, scales = random_mxfp8((pages, block_kv, dim), rng)
     else:
         values = random_fp8((pages, block_kv, dim), rng)
         scales = torch.rand((pages, block_kv), generator=rng) * 3 + 0.01
@@ -44,6 +55,16 @@ def make_cache(pages: int, block_kv: int, dim: int, fp4: bool, rng: torch.Genera
     flat[:, : block_kv * row] = values.view(torch.uint8).reshape(pages, -1)
     flat[:, block_kv * row : size] = scales.view(torch.uint8).reshape(pages, -1)
     return flat.as_strided((pages, block_kv, 1, row + 4), (size + padding, row + 4, row + 4, 1))
+
+
+def to_device(kv_cache: torch.Tensor, device: str) -> torch.Tensor:
+    """The cache with its padding, which `.to()` would leave out."""
+    if device == "cpu":
+        return kv_cache
+    pages, block_kv, _, row = kv_cache.shape
+    stride = max(kv_cache.stride(0), block_kv * row)
+    flat = torch.full((pages, stride), 0xFF, dtype=torch.uint8, device=device)
+    return flat.as_strided(kv_cache.shape, (stride, row, row, 1)).copy_(kv_cache)
 
 
 @dataclass
@@ -77,9 +98,7 @@ class Paged:
         )
         for row, count in enumerate(needed):
             table[row, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
-        self.kv_cache = make_cache(pages, self.block_kv, self.dim, self.fp4, rng, self.padding).to(device)
-        if device != "cpu" and self.padding:  # .to() packs
-            self.kv_cache = self._repad(self.kv_cache)
+        self.kv_cache = to_device(make_cache(pages, self.block_kv, self.dim, self.fp4, rng, self.padding), device)
         self.block_table = table.to(device)
         self.context_lens = lens.to(device)
         shape = (batch, self.next_n, self.heads, self.dim)
@@ -89,12 +108,6 @@ class Paged:
             self.q = random_fp8(shape, rng).to(device)
         self.weights = random_weights(batch * self.next_n, self.heads, rng, self.weights_dtype).to(device)
         self.max_context_len = self.max_context_len or max(longest, default=0)
-
-    def _repad(self, packed: torch.Tensor) -> torch.Tensor:
-        pages, block_kv, _, row = packed.shape
-        flat = torch.full((pages, block_kv * row + self.padding), 0xFF, dtype=torch.uint8, device=packed.device)
-        padded = flat.as_strided(packed.shape, (block_kv * row + self.padding, row, row, 1))
-        return padded.copy_(packed)
 
     def arguments(self, schedule: torch.Tensor) -> tuple:
         """The seven that every generation of callers hands in."""
@@ -137,6 +150,108 @@ class Ragged:
 
     def expected(self, max_seqlen_k: int = 0) -> torch.Tensor:
         return reference.ragged_logits(*self.arguments(), max_seqlen_k)
+
+
+def random_lists(
+    lengths: list[int], width: int, block: int, kind: str, rng: torch.Generator, tail: str = "largest"
+) -> torch.Tensor:
+    """int32 [rows, width] of block ids. `kind`: "ascending" as frameworks make them, "any" order with repeats. After
+    the entries that count comes `tail`: SGLang's 2^31 - 1 ("largest"), vLLM's last id ("last") or "garbage"."""
+    lists = torch.full((len(lengths), width), 2**31 - 1, dtype=torch.int32)
+    if tail == "garbage":
+        lists = torch.randint(-(2**31), 2**31 - 1, lists.shape, generator=rng, dtype=torch.int32)
+    for row, length in enumerate(lengths):
+        blocks = -(-length // block)
+        count = min(width, blocks)
+        if kind == "ascending":
+            chosen = torch.randperm(blocks, generator=rng)[:count].sort().values
+        else:
+            chosen = torch.randint(0, max(blocks, 1), (count,), generator=rng)
+        lists[row, :count] = chosen.to(torch.int32)
+        if tail == "last" and count:
+            lists[row, count:] = lists[row, count - 1]
+    return lists
+
+
+@dataclass
+class Sparse:
+    """Arguments of the sparse functions: of a paged cache, or, with `block_kv` 0, of a run of keys, of which each row
+    sees `lengths` from `starts` on. `shared`: all rows have the block table's first row, stride 0."""
+
+    lengths: list[int]
+    width: int = 16
+    block: int = 8
+    block_kv: int = 64
+    heads: int = 32
+    fp4: bool = True
+    starts: list[int] | None = None
+    unaligned: bool = False
+    keys: int = 0
+    kind: str = "ascending"
+    tail: str = "largest"
+    shared: bool = False
+    padding: int = 0
+    weights_dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    rng: torch.Generator = field(default_factory=generator)
+
+    def __post_init__(self) -> None:
+        rng, device, rows = self.rng, self.device, len(self.lengths)
+        draw = random_fp4 if self.fp4 else random_mxfp8
+        shape = (rows, 1, self.heads, 128) if self.block_kv else (rows, self.heads, 128)
+        self.q = tuple(part.to(device) for part in draw(shape, rng))
+        self.weights = random_weights(rows, self.heads, rng, self.weights_dtype).to(device)
+        self.lists = random_lists(self.lengths, self.width, self.block, self.kind, rng, self.tail).to(device)
+        if self.block_kv:
+            self._make_pages(rng, device)
+        else:
+            starts = torch.tensor(self.starts or [0] * rows, dtype=torch.int32)
+            ends = starts + torch.tensor(self.lengths, dtype=torch.int32)
+            self.keys = self.keys or max(ends.tolist(), default=0) + 3
+            self.kv = tuple(part.to(device) for part in draw((self.keys, 128), rng))
+            self.lists += (starts // self.block)[:, None].to(device) * (self.lists < 2**30)
+            self.ks, self.ke = starts.to(device), ends.to(device)
+
+    def _make_pages(self, rng: torch.Generator, device: str) -> None:
+        needed = [-(-length // self.block_kv) for length in self.lengths]
+        rows = 1 if self.shared else len(needed)
+        pages = (max(needed, default=0) if self.shared else sum(needed)) + 3
+        order = torch.randperm(pages, generator=rng).tolist()
+        shape = (rows, max(needed, default=0) + 2)
+        table = torch.randint(-(2**31), 2**31 - 1, shape, generator=rng, dtype=torch.int32)
+        for row in range(min(rows, len(needed))):
+            count = max(needed) if self.shared else needed[row]
+            table[row, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
+        self.kv_cache = to_device(make_cache(pages, self.block_kv, 128, self.fp4, rng, self.padding, mx=True), device)
+        self.block_table = table.to(device).expand(len(needed), -1)
+        self.context_lens = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+
+    @property
+    def qk_dtype(self) -> torch.dtype:
+        return torch.int8 if self.fp4 else torch.float8_e4m3fn
+
+    def metadata(self) -> torch.Tensor:
+        last = (self.lists, self.qk_dtype, self.block)
+        if self.block_kv:
+            ids = torch.arange(len(self.lengths), dtype=torch.int32, device=self.device)
+            return deep_gemm.get_paged_sparse_mqa_logits_metadata(
+                self.context_lens, self.block_table, ids, self.block_kv, *last
+            )
+        return deep_gemm.get_sparse_mqa_logits_metadata(self.ks, self.ke, self.keys, *last, self.unaligned)
+
+    def logits(self, metadata: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        last = (self.weights, metadata, self.width, self.block)
+        if self.block_kv:
+            return deep_gemm.fp8_fp4_paged_sparse_mqa_logits(self.q, self.kv_cache, *last, out=out)
+        return deep_gemm.fp8_fp4_sparse_mqa_logits(self.q, self.kv, *last, self.unaligned, out=out)
+
+    def expected(self, **options) -> torch.Tensor:
+        q, weights, lists, block = self.q, self.weights, self.lists, self.block
+        if self.block_kv:
+            seen = (self.context_lens, self.block_table)
+            return reference.paged_sparse_logits(q, self.kv_cache, weights, *seen, lists, block, **options)
+        seen = (self.ks, self.ke)
+        return reference.ragged_sparse_logits(q, self.kv, weights, *seen, lists, block, self.unaligned, **options)
 
 
 POISON = -123456.75  # bf16 has it too; no logit comes near

@@ -1,6 +1,6 @@
 """DeepGEMM, with the Lightning Indexer's kernels for SM120 and SM121.
 
-Ours:        the five functions of the indexer and the settings that belong to them, from `deep_gemm.sm120`.
+Ours:        the nine functions of the indexer and the settings that belong to them, from `deep_gemm.sm120`.
 Upstream's:  every other name. DeepGEMM's own package is loaded when one of them is first asked for; a name that it
              does not have, or that cannot be loaded here, is absent, and the AttributeError says why.
 Dispatch:    the tensors' device decides between ours and upstream's of the same name: `_is_ours` below.
@@ -32,12 +32,15 @@ def _is_ours(device: torch.device) -> bool:
     return major not in (9, 10) and (major, minor) >= (8, 9)
 
 
+_FIRST = ("q", "context_lens", "cu_seq_len_k_start")  # the functions' first arguments
+
+
 def _dispatched(ours: Callable) -> Callable:
     """`ours`, or, where the first argument lies on a device that upstream serves, its function of that name."""
 
     @functools.wraps(ours)
     def call(*args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else kwargs.get("q", kwargs.get("context_lens"))
+        first = args[0] if args else next((kwargs[name] for name in _FIRST if name in kwargs), None)
         if isinstance(first, (tuple, list)):  # (values, scales)
             first = first[0]
         if not isinstance(first, torch.Tensor) or _is_ours(first.device):
@@ -69,6 +72,10 @@ _OURS = {
     "fp8_fp4_paged_mqa_logits": _dispatched,
     "fp8_mqa_logits": _dispatched,
     "fp8_fp4_mqa_logits": _dispatched,
+    "get_sparse_mqa_logits_metadata": _dispatched,
+    "get_paged_sparse_mqa_logits_metadata": _dispatched,
+    "fp8_fp4_sparse_mqa_logits": _dispatched,
+    "fp8_fp4_paged_sparse_mqa_logits": _dispatched,
     "set_num_sms": _in_step,
     "get_num_sms": lambda ours: ours,
     "set_pdl": _in_step,

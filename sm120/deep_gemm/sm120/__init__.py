@@ -21,16 +21,26 @@ from .paged import fp8_fp4_paged_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa
 from .prepare import warmup
 from .ragged import fp8_fp4_mqa_logits, fp8_mqa_logits
 from .settings import get_num_sms, get_pdl, set_num_sms, set_pdl
+from .sparse import (
+    fp8_fp4_paged_sparse_mqa_logits,
+    fp8_fp4_sparse_mqa_logits,
+    get_paged_sparse_mqa_logits_metadata,
+    get_sparse_mqa_logits_metadata,
+)
 
 __all__ = [
     "ArgumentError",
     "fp8_fp4_mqa_logits",
     "fp8_fp4_paged_mqa_logits",
+    "fp8_fp4_paged_sparse_mqa_logits",
+    "fp8_fp4_sparse_mqa_logits",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
     "get_num_sms",
     "get_paged_mqa_logits_metadata",
+    "get_paged_sparse_mqa_logits_metadata",
     "get_pdl",
+    "get_sparse_mqa_logits_metadata",
     "set_num_sms",
     "set_pdl",
     "warmup",

@@ -25,6 +25,7 @@ _QUERY = {  # (dimensions, fp4) -> shape
     (3, True): (_ROWS, _HEADS, Open("dim / 2")),
 }
 _PAGES, _BLOCK_KV, _COLUMNS, _SLOTS, _KEYS = map(Open, ("pages", "block_kv", "columns", "num_sms + 1", "seq_len_kv"))
+_WIDTH, _BYTES = Open("blocks of a row"), Open("bytes")
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -61,6 +62,27 @@ def query(q: Any, dimensions: int) -> Query:
     return Query(fp4, values, scales, device, shape, heads, dim)
 
 
+def mx_query(q: Any, dimensions: int) -> Query:
+    """The queries in `q`, values and UE8M0 scales for every 32 of their 128 elements: packed e2m1, or e4m3 (MXFP8)."""
+    if not isinstance(q, (tuple, list)) or len(q) != 2 or not all(isinstance(part, torch.Tensor) for part in q):
+        refuse("q", q, "(values, scales)")
+    values, scales = q
+    if not (values.is_cpu or values.is_cuda):
+        refuse("q", values, "tensors on the CPU or a CUDA device")
+    fp4 = values.dtype in PACKED_E2M1
+    device, shape = values.device, _QUERY[dimensions, fp4]
+    if dimensions == 4:
+        shape = (_ROWS, 1, *shape[2:])
+    checks.contiguous("q", checks.tensor("q", values, (*PACKED_E2M1, *E4M3), shape, device))
+    heads, dim = values.shape[-2], values.shape[-1] * 2 if fp4 else values.shape[-1]
+    if heads % 8 or not 8 <= heads <= 64:
+        refuse("q", values, "8, 16, ... 64 heads")
+    if dim != 128:
+        refuse("q", values, "a head dim of 128")
+    checks.contiguous("q scales", checks.tensor("q scales", scales, INT32, values.shape[:-1], device))
+    return Query(fp4, values, scales, device, values.shape, heads, dim)
+
+
 def weights(weights: Any, rows: int, heads: int, device: torch.device) -> torch.Tensor:
     """`weights`, fp32 or bf16 [rows, heads], of any row stride."""
     checks.tensor("weights", weights, REAL, (rows, heads), device, "q")
@@ -69,12 +91,13 @@ def weights(weights: Any, rows: int, heads: int, device: torch.device) -> torch.
     return weights
 
 
-def key_pages(kv_cache: Any, row_bytes: int, device: torch.device) -> tuple[int, int]:
-    """Keys of a page and bytes from page to page, of a cache uint8 [pages, block_kv, 1, row_bytes + 4]."""
+def key_pages(kv_cache: Any, row_bytes: int, device: torch.device, multiple: int = 16) -> tuple[int, int]:
+    """Keys of a page, so many or a multiple, and bytes from page to page, of a cache uint8 [pages, block_kv, 1,
+    row_bytes + 4]."""
     checks.tensor("kv_cache", kv_cache, (torch.uint8,), (_PAGES, _BLOCK_KV, 1, row_bytes + 4), device, "q")
     pages, page, _, _ = kv_cache.shape
-    if page % 16 or not 16 <= page <= LARGEST_PAGE:
-        refuse("kv_cache", kv_cache, f"pages of a multiple of 16 keys, up to {LARGEST_PAGE}")
+    if page % multiple or not multiple <= page <= LARGEST_PAGE:
+        refuse("kv_cache", kv_cache, f"pages of a multiple of {multiple} keys, up to {LARGEST_PAGE}")
     page_bytes = page * (row_bytes + 4)
     page_stride, row_stride, _, byte_stride = kv_cache.stride()
     if pages <= 1:
@@ -125,13 +148,50 @@ def schedule(schedule_meta: Any, device: torch.device) -> int:
     return slots
 
 
-def key_run(kv: Any, fp4: bool, row_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [seq_len_kv, row_bytes] and their scales [seq_len_kv] in `kv`: e4m3 and fp32, or packed e2m1 and int32."""
+def block_lists(lists: Any, rows: int | Open, device: torch.device, block: int) -> torch.Tensor:
+    """`sparse_kv_block_indices`, int32 [rows, width], of any row stride, of blocks of `block` keys."""
+    name = "sparse_kv_block_indices"
+    checks.tensor(name, lists, INT32, (rows, _WIDTH), device)
+    rows, width = lists.shape
+    row_stride, entry_stride = lists.stride()
+    if width < 1 or width > 1 and entry_stride != 1 or row_stride < 0:
+        refuse(name, lists, "rows of at least one block, with stride 1 in the last dimension")
+    if -(-width * block // 256) * max(rows, 1) >= 2**31 or width * block >= 2**31:
+        refuse(name, lists, "fewer than 2^31 columns in a row, and than 2^39 in all")
+    return lists
+
+
+def sparse_block(sparse_block_kv: Any) -> int:
+    """Keys of a listed block."""
+    if checks.integer("sparse_block_kv", sparse_block_kv, 8, 64) % 8:
+        refuse("sparse_block_kv", sparse_block_kv, "a multiple of 8")
+    return sparse_block_kv
+
+
+def qk_dtype(qk_dtype: Any) -> None:
+    """What queries and keys are: places of blocks do not depend on it."""
+    if qk_dtype not in (*PACKED_E2M1, *E4M3):
+        refuse("qk_dtype", qk_dtype, "torch.int8 (packed e2m1) or torch.float8_e4m3fn")
+
+
+def sparse_metadata(metadata: Any, size: int, device: torch.device) -> torch.Tensor:
+    """`metadata` of sparse logits: at least `size` bytes, at a multiple of 16."""
+    checks.tensor("metadata", metadata, (torch.uint8,), (_BYTES,), device)
+    if metadata.shape[0] < size or not metadata.is_contiguous() or metadata.data_ptr() % 16:
+        refuse("metadata", metadata, f"at least {size} bytes one after another, beginning at a multiple of 16")
+    return metadata
+
+
+def key_run(
+    kv: Any, fp4: bool, row_bytes: int, device: torch.device, mx: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [seq_len_kv, row_bytes] and their scales [seq_len_kv] in `kv`: e4m3 and fp32, or packed e2m1 and int32, or
+    (`mx`) e4m3 and int32."""
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
         refuse("kv", kv, "(keys, scales)")
     keys, scales = kv
     checks.contiguous("kv", checks.tensor("kv", keys, PACKED_E2M1 if fp4 else E4M3, (_KEYS, row_bytes), device, "q"))
-    checks.tensor("kv scales", scales, INT32 if fp4 else FP32, keys.shape[:1], device, "kv")
+    checks.tensor("kv scales", scales, INT32 if fp4 or mx else FP32, keys.shape[:1], device, "kv")
     return keys, checks.contiguous("kv scales", scales)
 
 

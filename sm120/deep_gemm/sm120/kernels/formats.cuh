@@ -1,4 +1,5 @@
-// How queries and keys become operands of the tensor core: FP8, FP4, and FP4 widened to FP8 for cards without an FP4 unit.
+// How queries and keys become operands of the tensor core: FP8, MXFP8, FP4, and the last two for cards whose tensor cores
+// do not know scales, where FP4 is widened to FP8 as well.
 //
 // The product is scores[16 heads, 8 keys] += query[16 heads, k] * key[k, 8 keys]; ptx.cuh says which lane holds what. A dot
 // product does not care in which order k runs, as long as both sides agree: a lane loads the bytes of its row that are
@@ -55,7 +56,8 @@ struct Fp8 {
                                     const QueryScales<HeadTiles>&, const uint32 (&key)[kWords], uint32, const Lane&) {
         for (int m = 0; m < HeadTiles; ++m) {
             if constexpr (BlockScaled) {
-                ptx::mma_e4m3_block_scaled(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1], 0x7f7f7f7f);
+                constexpr uint32 kOnes = 0x7f7f7f7f;     // 127 is 2^0
+                ptx::mma_e4m3_block_scaled<0, 0, 0>(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1], kOnes, kOnes);
             } else {
                 ptx::mma_e4m3(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1]);
             }
@@ -67,24 +69,11 @@ struct Fp8 {
     __device__ static float finish(float sum, uint32 key_scale) { return sum * __uint_as_float(key_scale); }
 };
 
-// e2m1, two to a byte, with a UE8M0 scale for every 32 elements; a row's scales are the bytes of one word.
-// A scale binds 32 physical elements, so each lane of a quad must hold a quarter of every 32: one word out of each 16 bytes.
-// That is 4 loads for 8 keys, of 4 wavefronts each: half of what L1 serves in the time of their mma. One load of 16 bytes
-// a lane has 4 wavefronts in all, but then 4 words must change lanes: 4 shuffles and 12 selects.
-template <int Dim>
-struct Fp4 {
-    static constexpr int kRowBytes = Dim / 2;
-    static constexpr int kLoaded = Dim / 32, kWords = kLoaded, kSteps = kWords / 2;
+// Queries and keys with UE8M0 scales for every 32 elements, the scales of a row being the bytes of one word: what formats whose
+// mma applies them have in common. `Format::mma` does one step of one head tile.
+template <class Format>
+struct Microscaled {
     static constexpr bool kScaleFirst = true;
-
-    __device__ static uint32 lane_offset(const Lane& lane) { return 4 * lane.t; }
-    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
-        for (int j = 0; j < kLoaded; ++j) words[j] = ptx::load_word(address + 16 * j);
-    }
-
-    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
-        for (int j = 0; j < kWords; ++j) words[j] = loaded[j];
-    }
 
     // The mma takes the scales of rows g and g + 8 from two lanes of the quad, so one register serves two head tiles.
     template <int HeadTiles>
@@ -98,16 +87,16 @@ struct Fp4 {
         }
     };
 
-    template <int Step, int KeyTile, int HeadTiles>
-    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][kSteps][4],
-                                    const QueryScales<HeadTiles>& query_scales, const uint32 (&key)[kWords],
+    template <int Step, int KeyTile, int HeadTiles, int Steps, int Words>
+    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][Steps][4],
+                                    const QueryScales<HeadTiles>& query_scales, const uint32 (&key)[Words],
                                     uint32 key_scale, const Lane&) {
         for (int m = 0; m < HeadTiles; m += 2) {
-            ptx::mma_e2m1<2 * Step, 0, KeyTile>(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1],
-                                                query_scales.word[m / 2], key_scale);
+            Format::template mma<Step, 0, KeyTile>(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1],
+                                                   query_scales.word[m / 2], key_scale);
             if (m + 1 < HeadTiles) {
-                ptx::mma_e2m1<2 * Step, 1, KeyTile>(scores[m + 1], query[m + 1][Step], key[2 * Step], key[2 * Step + 1],
-                                                    query_scales.word[m / 2], key_scale);
+                Format::template mma<Step, 1, KeyTile>(scores[m + 1], query[m + 1][Step], key[2 * Step], key[2 * Step + 1],
+                                                       query_scales.word[m / 2], key_scale);
             }
         }
     }
@@ -117,23 +106,9 @@ struct Fp4 {
     __device__ static float finish(float sum, uint32) { return sum; }
 };
 
-// The same data for cards without an FP4 unit. An e2m1 number shifted into the bits of an e4m3 one is exactly 2^-6 times
-// itself, so eight nibbles become two words: the even ones and the odd ones. One mma covers the 32 elements of one scale.
-template <int Dim>
-struct Fp4Widened {
-    static constexpr int kRowBytes = Dim / 2;
-    static constexpr int kLoaded = Dim / 32, kWords = 2 * kLoaded, kSteps = kLoaded;
+// The same where the mma knows no scales: each step is the 32 elements of one scale, and its products are multiplied by both.
+struct Unscaled {
     static constexpr bool kScaleFirst = true;
-
-    __device__ static uint32 lane_offset(const Lane& lane) { return Fp4<Dim>::lane_offset(lane); }
-    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) { Fp4<Dim>::load(words, address); }
-
-    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
-        for (int j = 0; j < kLoaded; ++j) {
-            words[2 * j] = (loaded[j] << 4 & 0x80808080) | (loaded[j] << 2 & 0x1c1c1c1c);
-            words[2 * j + 1] = (loaded[j] & 0x80808080) | (loaded[j] >> 2 & 0x1c1c1c1c);
-        }
-    }
 
     // Byte `step` of a word of UE8M0 as fp32: 2^(byte - 127); 255 is NaN.
     __device__ static float scale(uint32 word, int step) {
@@ -152,9 +127,9 @@ struct Fp4Widened {
         }
     };
 
-    template <int Step, int KeyTile, int HeadTiles>
-    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][kSteps][4],
-                                    const QueryScales<HeadTiles>& query_scales, const uint32 (&key)[kWords],
+    template <int Step, int KeyTile, int HeadTiles, int Steps, int Words>
+    __device__ static void multiply(float (&scores)[HeadTiles][4], const uint32 (&query)[HeadTiles][Steps][4],
+                                    const QueryScales<HeadTiles>& query_scales, const uint32 (&key)[Words],
                                     uint32 key_scale, const Lane& lane) {
         // The scales of this lane's two columns of scores, 2t and 2t + 1, lie in the quads of those keys.
         float of_key[2];
@@ -171,5 +146,77 @@ struct Fp4Widened {
     }
 
     __device__ static uint32 scale_key(const Lane& lane, uint32) { return 8 * lane.t + lane.g; }
+    __device__ static float finish(float sum, uint32) { return sum; }
+};
+
+// e2m1, two to a byte.
+// A scale binds 32 physical elements, so each lane of a quad must hold a quarter of every 32: one word out of each 16 bytes.
+// That is 4 loads for 8 keys, of 4 wavefronts each: half of what L1 serves in the time of their mma. One load of 16 bytes
+// a lane has 4 wavefronts in all, but then 4 words must change lanes: 4 shuffles and 12 selects.
+template <int Dim>
+struct Fp4 : Microscaled<Fp4<Dim>> {
+    static constexpr int kRowBytes = Dim / 2;
+    static constexpr int kLoaded = Dim / 32, kWords = kLoaded, kSteps = kWords / 2;
+
+    __device__ static uint32 lane_offset(const Lane& lane) { return 4 * lane.t; }
+    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
+        for (int j = 0; j < kLoaded; ++j) words[j] = ptx::load_word(address + 16 * j);
+    }
+
+    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
+        for (int j = 0; j < kWords; ++j) words[j] = loaded[j];
+    }
+
+    template <int Step, int ALane, int BLane>
+    __device__ static void mma(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, uint32 a_scale, uint32 b_scale) {
+        ptx::mma_e2m1<2 * Step, ALane, BLane>(d, a, b0, b1, a_scale, b_scale);
+    }
+};
+
+// An e2m1 number shifted into the bits of an e4m3 one is exactly 2^-6 times itself, so eight nibbles become two words: the even
+// ones and the odd ones.
+template <int Dim>
+struct Fp4Widened : Unscaled {
+    static constexpr int kRowBytes = Dim / 2;
+    static constexpr int kLoaded = Dim / 32, kWords = 2 * kLoaded, kSteps = kLoaded;
+
+    __device__ static uint32 lane_offset(const Lane& lane) { return Fp4<Dim>::lane_offset(lane); }
+    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) { Fp4<Dim>::load(words, address); }
+
+    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
+        for (int j = 0; j < kLoaded; ++j) {
+            words[2 * j] = (loaded[j] << 4 & 0x80808080) | (loaded[j] << 2 & 0x1c1c1c1c);
+            words[2 * j + 1] = (loaded[j] & 0x80808080) | (loaded[j] >> 2 & 0x1c1c1c1c);
+        }
+    }
+
     __device__ static float finish(float sum, uint32) { return sum * 4096; }
 };
+
+// e4m3: each lane of a quad holds 8 of the 32 bytes that share a scale.
+template <int Dim, int VectorBytes>
+struct Mxfp8Rows {
+    static constexpr int kRowBytes = Dim;
+    static constexpr int kLoaded = Dim / 16, kWords = kLoaded, kSteps = kWords / 2;
+
+    static constexpr int kVector = VectorBytes / 4 < 2 ? 1 : 2;
+    __device__ static uint32 lane_offset(const Lane& lane) { return 8 * lane.t; }
+    __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
+        for (int j = 0; j < kLoaded; j += kVector) ptx::load<kVector>(words + j, address + 32 * (j / 2) + 4 * (j % 2));
+    }
+
+    __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
+        for (int j = 0; j < kWords; ++j) words[j] = loaded[j];
+    }
+};
+
+template <int Dim, int VectorBytes>
+struct Mxfp8 : Mxfp8Rows<Dim, VectorBytes>, Microscaled<Mxfp8<Dim, VectorBytes>> {
+    template <int Step, int ALane, int BLane>
+    __device__ static void mma(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, uint32 a_scale, uint32 b_scale) {
+        ptx::mma_e4m3_block_scaled<Step, ALane, BLane>(d, a, b0, b1, a_scale, b_scale);
+    }
+};
+
+template <int Dim, int VectorBytes>
+struct Mxfp8Unscaled : Mxfp8Rows<Dim, VectorBytes>, Unscaled {};

@@ -1,5 +1,5 @@
-// Where keys come from: the pages of a cache, or one run of keys. A source finds the bytes of key `key` of tile `tile`; a
-// tile is 32 keys of one row, in order.
+// Where keys come from: the pages of a cache, one run of keys, or blocks of either that a list names. A source finds the bytes
+// of key `key` of tile `tile`; a tile is 32 keys of one row, in order.
 //
 // What a source says:
 //   Params             what the launcher hands in
@@ -12,7 +12,7 @@
 //                      kWhole there are none
 #pragma once
 
-#include "formats.cuh"
+#include "lists.cuh"
 
 constexpr int kTile = 32;                     // keys a warp takes at a time
 
@@ -136,6 +136,83 @@ struct RunOfKeys {
     template <bool kWhole>
     __device__ const uint8* scales(uint32 tile, uint32 last_key, uint32 key) const {
         return at<4, kWhole>(reinterpret_cast<const uint8*>(p.scales), tile, last_key, key, 0, 0);
+    }};
+
+struct Listed {
+    const uint8* values;         // paged: [pages][page_stride]; ragged: [keys][row bytes]
+    const uint32* scales;        // ragged: [keys]
+    const uint8* metadata;       // lists.cuh: places of blocks
+    uint32 pitch;                // bytes from row to row of it
+    uint32 page_stride;          // bytes
+    uint32 places;               // paged: blocks in the cache; ragged: keys
+};
+
+// Blocks of kBlock keys. A place is, paged, the number of a block in the cache; a number past the last one is taken for that.
+// Ragged (kPage = 0), it is the number of a block's first key; keys past the last one are zeros.
+template <int kPage, int kBlock, int kRowBytes>
+struct ListedKeys {
+    using Params = Listed;
+    static_assert(kBlock % 8 == 0 && kPage % kBlock == 0);
+    static constexpr uint32 kEights = kBlock / 8;      // of a block: eight keys that lie together
+    static constexpr uint32 kBlocks = kPage ? kPage / kBlock : 1;
+
+    const Params* p;
+    const uint8* list;           // places of this row
+    uint32 place[4], later[4];   // of the tile's eights, and of the next tile's
+    uint32 first;                // of the tile's eights
+
+    __device__ ListedKeys(const Params& p, int row)
+        : p(&p), list(p.metadata + kFirstRow + int64(row) * p.pitch + sizeof(RowHead)) {}
+
+    __device__ static uint32 last_key(int end, int) { return end - 1; }
+
+    static constexpr bool kRowsDiffer = true;
+    __device__ static bool alike(const Params&, int row, int other, int, int, int, const Lane&) { return row == other; }
+
+    __device__ void ask(uint32 tile, uint32 last_key) {
+        tile = min(tile, last_key / kTile);
+        if constexpr (kBlock == 8) {
+            ptx::load<4>(later, list + 16 * tile);
+        } else if constexpr (kBlock == 16) {
+            ptx::load<2>(later, list + 8 * tile);
+            later[3] = later[2] = later[1], later[1] = later[0];
+        } else if constexpr (kBlock % kTile == 0) {
+            later[0] = later[1] = later[2] = later[3] = ptx::load_word(list + 4 * (4 * tile / kEights));
+        } else {
+            for (int j = 0; j < 4; ++j) later[j] = ptx::load_word(list + 4 * (min(4 * tile + j, last_key / 8) / kEights));
+        }
     }
 
+    __device__ void open(uint32 tile, uint32, uint32 last_key, const Lane&) { ask(tile, last_key); }
+
+    __device__ void locate(uint32 tile, uint32 step, uint32 last_key, const Lane&) {
+        first = 4 * tile;
+        for (int j = 0; j < 4; ++j) place[j] = kPage ? min(later[j], p->places - 1) : later[j];
+        ask(tile + step, last_key);
+    }
+
+    template <int kBytes>
+    __device__ const uint8* at(const uint8* array, uint32 key, uint32 more, uint32 offset) const {
+        const uint32 eight = key / 8 + more / 8;       // known to the compiler but for scales
+        const uint32 place = eight < 2 ? eight == 0 ? this->place[0] : this->place[1]
+                                       : eight == 2 ? this->place[2] : this->place[3];
+        const uint32 within = kEights == 1 ? key % 8 : (first + eight) % kEights * 8 + key % 8;
+        if constexpr (kPage > 0) {
+            array += int64(place / kBlocks) * p->page_stride;
+            return array + (place % kBlocks * (kBlock * kBytes) + within * kBytes + offset);
+        } else {
+            const uint32 token = place + within;
+            return (token < p->places ? array + int64(token) * kBytes : p->metadata + kZeros) + offset;
+        }
+    }
+
+    template <int Half, bool>
+    __device__ const uint8* values(uint32, uint32, uint32 key, uint32 more, uint32 offset) const {
+        return at<kRowBytes>(p->values, key, more, offset);
+    }
+
+    template <bool>
+    __device__ const uint8* scales(uint32, uint32, uint32 key) const {
+        return at<4>(kPage ? p->values + kPage * kRowBytes : reinterpret_cast<const uint8*>(p->scales), key, 0, 0);
+    }
 };

@@ -1,6 +1,8 @@
-"""Launcher of paged.cuh and ragged.cuh: configuration, parameters, grid."""
+"""Launcher of paged.cuh and ragged.cuh: configuration, parameters, grid; sparse.py is that of sparse.cuh."""
 
 import ctypes
+import functools
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,14 +58,45 @@ class RaggedParams(ctypes.Structure):
     ]
 
 
+class Lists(ctypes.Structure):
+    """Field by field as in lists.cuh."""
+
+    _fields_ = [
+        ("metadata", ctypes.c_void_p),
+        ("seal", ctypes.c_uint32),
+        ("pitch", ctypes.c_uint32),
+        ("rows", ctypes.c_int32),
+        ("limit", ctypes.c_int32),
+    ]
+
+
+class SparseParams(ctypes.Structure):
+    """Field by field as in sparse.cuh."""
+
+    _fields_ = [
+        *_QUERIES,
+        ("keys", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("metadata", ctypes.c_void_p),
+        ("pitch", ctypes.c_uint32),
+        ("page_stride", ctypes.c_uint32),
+        ("places", ctypes.c_uint32),
+        *_OUTPUT,
+        ("windows", Lists),
+        ("rows_per_group", ctypes.c_int32),
+        ("slots_inverse", ctypes.c_uint32),
+    ]
+
+
 @dataclass(frozen=True)
 class Config:
     """What the kernel is compiled for.
 
     page       keys of a page; 0: ragged
-    few_rows   paged: the grid shares out the tiles of all rows; else blocks take groups of rows
+    few_rows   paged, sparse: the grid shares out the tiles of all rows; else blocks take groups of rows
     next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
+    block      sparse: keys of a listed block
     """
 
     arch: str
@@ -76,19 +109,21 @@ class Config:
     few_rows: bool = False
     next_n: int = 1
     alignment: int = 32
+    block: int = 0
 
     @cached_property
     def block_scaled(self) -> bool:
-        """Whether the block-scaled MMA does the work. FP4 has no other; on GeForce it runs FP8 twice as fast as the
-        plain form does, on PRO cards as fast (`DG_SM120_FP8_MMA` = plain or block_scaled decides otherwise)."""
+        """Whether the block-scaled MMA does the work. FP4 and MXFP8 have no other; on GeForce it runs FP8 twice as fast
+        as the plain form does, on PRO cards as fast (`DG_SM120_FP8_MMA` = plain or block_scaled decides otherwise)."""
         if not self.arch.startswith("sm_12"):
             return False
-        return self.fp4 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
+        return self.fp4 or self.block > 0 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
 
     @cached_property
     def tokens(self) -> int:
-        """Of a warp: so many that what it takes to bring a key is worth the while, and, with few rows, as a row has."""
-        most = max(1, 32 // self.heads) if self.arch.startswith("sm_12") else 1
+        """Of a warp: so many that what it takes to bring a key is worth the while, and, with few rows, as a row has. A
+        list of blocks is one row's."""
+        most = max(1, 32 // self.heads) if self.arch.startswith("sm_12") and not self.block else 1
         return min(most, self.next_n) if self.few_rows else most
 
     @cached_property
@@ -96,6 +131,8 @@ class Config:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
             query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
+            if self.block and self.heads > 32:  # eight places take registers too
+                return 12 if self.fp4 else 8
             return 12 if query > 4096 or query == 4096 and (self.few_rows and self.fp4 or self.tokens > 1) else 16
         return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
@@ -114,6 +151,10 @@ _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16
 def _kernel(config: Config, block_scaled: bool) -> Kernel:
     if config.fp4:
         tag, format = "fp4", f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
+    elif config.block:
+        vector = min(config.alignment, 8)
+        tag = f"mxfp8_v{vector}"
+        format = f"{'Mxfp8' if block_scaled else 'Mxfp8Unscaled'}<{config.dim}, {vector}>"
     else:
         vector = min(config.alignment, 32 if config.arch.startswith(("sm_10", "sm_11", "sm_12")) else 16)
         tag = f"fp8_{'' if block_scaled else 'plain_'}v{vector}"
@@ -122,8 +163,13 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     # Profilers, upstream's tests among them, look for `mqa_logits` and `paged_mqa_logits`.
     sizes = f"{format}, {config.heads}"
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
-    if config.page:
-        rows = "few" if config.few_rows else "many"
+    rows = "few" if config.few_rows else "many"
+    if config.block:
+        layout = "paged_sparse" if config.page else "sparse"
+        page, header = f"_p{config.page}_s{config.block}_{rows}", "sparse.cuh"
+        blocks, parameters = f"{config.page}, {config.block}", SparseParams
+        call = f"Sparse<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::run_{rows}(p);"
+    elif config.page:
         layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
     else:
@@ -133,9 +179,9 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     return _one(name, header, f"    {call}", 32 * config.warps, parameters)
 
 
-def alignment(query: int, keys: int, stride: int = 0) -> int:
+def alignment(*places: int) -> int:
     """The largest power of two, up to 32, that divides all of them: addresses, and bytes from page to page."""
-    together = query | keys | stride | 32
+    together = functools.reduce(operator.or_, places, 32)
     return together & -together
 
 

@@ -25,11 +25,13 @@ struct Windows {
         return {starts ? max(int(ptx::load_word(starts + token)), 0) : 0, max(0, min(end, limit))};
     }
 
+    __device__ int length(int i) const { return ptx::load_word(ends + i); }
+
     // The keys of a row's longest token.
     __device__ int longest(int row) const {
-        int length = 0;
+        int longest = 0;
         #pragma unroll 1
-        for (int i = 0; i < lengths_per_row; ++i) length = max(length, int(ptx::load_word(ends + row * lengths_per_row + i)));
-        return min(length, limit);
+        for (int i = 0; i < lengths_per_row; ++i) longest = max(longest, length(row * lengths_per_row + i));
+        return min(longest, limit);
     }
 };

@@ -1,0 +1,123 @@
+"""Launchers of sparse.cuh and sparse_metadata.cuh: format of the metadata, parameters, grids."""
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+
+from ..jit import Kernel, launch
+from .logits import Config, Lists, SparseParams, rows_per_group
+from .windows import Windows
+
+# lists.cuh
+_FIRST_ROW = 192
+_ROW_HEAD = 16
+
+_ENTRIES_PER_BLOCK = 1024  # of a list that a block takes at least
+_BLOCKS = 1024  # groups of rows
+
+
+class SparseMetadataParams(ctypes.Structure):
+    """Field by field as in sparse_metadata.cuh."""
+
+    _fields_ = [
+        ("metadata", ctypes.c_void_p),
+        ("seal", ctypes.c_uint32),
+        ("pitch", ctypes.c_uint32),
+        ("windows", Windows),
+        ("lists", ctypes.c_void_p),
+        ("list_stride", ctypes.c_int64),
+        ("block_table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int32),
+        ("pages_per_row", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("blocks_per_page", ctypes.c_int32),
+        ("unaligned", ctypes.c_int32),
+        ("rows_per_block", ctypes.c_int32),
+    ]
+
+
+METADATA = Kernel("sparse_mqa_logits_metadata", "sparse_metadata.cuh", "    list(p);", 256, SparseMetadataParams)
+
+
+def pitch(width: int) -> int:
+    """Bytes of a row of metadata, for a list of `width` blocks."""
+    return _ROW_HEAD + 4 * (-(-width // 4) * 4)
+
+
+def size(rows: int, width: int) -> int:
+    """Bytes of metadata."""
+    return _FIRST_ROW + rows * pitch(width)
+
+
+def seal(width: int, block: int, page: int, unaligned: bool) -> int:
+    """What the rows of metadata were made for, in 32 bits: equal for other sizes once in four billion."""
+    digest = 0x811C9DC5  # FNV-1a, a word at a time; the first word is the format's version
+    for word in (1, width, block, page, unaligned):
+        digest = (digest ^ word) * 0x01000193 % 2**32
+    return digest
+
+
+def list_blocks(
+    metadata: torch.Tensor,
+    windows: Windows,
+    bounds: Mapping[str, torch.Tensor],
+    lists: torch.Tensor,
+    block: int,
+    *,
+    page: int = 0,
+    block_table: torch.Tensor | None = None,
+    unaligned: bool = False,
+) -> None:
+    """Fills `metadata` on checked arguments; `bounds` are the tensors that `windows` points into."""
+    rows, width = lists.shape
+    p = SparseMetadataParams()
+    p.metadata = metadata.data_ptr()
+    p.seal = seal(width, block, page, unaligned)
+    p.pitch = pitch(width)
+    p.windows = windows
+    p.lists = lists.data_ptr()
+    p.list_stride = lists.stride()[0]
+    p.width, p.block, p.blocks_per_page, p.unaligned = width, block, max(1, page // block), unaligned
+    if block_table is not None:
+        p.block_table = block_table.data_ptr()
+        p.table_stride, p.pages_per_row = block_table.stride()[0], block_table.shape[1]
+    p.rows_per_block = max(1, -(-rows // _BLOCKS))
+    grid = (max(1, -(-rows // p.rows_per_block)), max(1, min(-(-width // _ENTRIES_PER_BLOCK), 65535)))
+    inputs = {"sparse_kv_block_indices": lists, "block_table": block_table, **bounds}
+    launch(METADATA, metadata.device, grid, p, inputs, {"metadata": metadata})
+
+
+def sparse(
+    config: Config,
+    slots: int,
+    *,
+    query: torch.Tensor,
+    query_scales: torch.Tensor,
+    weights: torch.Tensor,
+    keys: Mapping[str, torch.Tensor],
+    page_stride: int,
+    places: int,
+    metadata: torch.Tensor,
+    width: int,
+    unaligned: bool,
+    out: torch.Tensor,
+) -> None:
+    """Starts the kernel on checked arguments. `keys` is the cache alone, or a run of keys and their scales."""
+    values, *scales = keys.values()
+    p = SparseParams()
+    p.query, p.query_scales, p.weights = query.data_ptr(), query_scales.data_ptr(), weights.data_ptr()
+    p.weights_stride = weights.stride()[0]
+    p.keys = values.data_ptr()
+    p.key_scales = scales[0].data_ptr() if scales else None
+    p.metadata = metadata.data_ptr()
+    p.pitch = pitch(width)
+    p.page_stride, p.places = page_stride, places
+    p.logits, p.logits_stride = out.data_ptr(), out.stride()[0]
+    seal_ = seal(width, config.block, config.page, unaligned)
+    p.windows = Lists(p.metadata, seal_, p.pitch, out.shape[0], width * config.block)
+    p.rows_per_group = rows_per_group(config, 1)
+    p.slots_inverse = min(2**32 - 1, 2**32 // slots)
+    inputs = {"q": query, "q scales": query_scales, "weights": weights, **keys, "metadata": metadata}
+    launch(config.kernel, out.device, (slots, 1), p, inputs, {"logits": out})
