@@ -56,8 +56,7 @@ struct Fp8 {
                                     const QueryScales<HeadTiles>&, const uint32 (&key)[kWords], uint32, const Lane&) {
         for (int m = 0; m < HeadTiles; ++m) {
             if constexpr (BlockScaled) {
-                constexpr uint32 kOnes = 0x7f7f7f7f;     // 127 is 2^0
-                ptx::mma_e4m3_block_scaled<0, 0, 0>(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1], kOnes, kOnes);
+                ptx::mma_e4m3_block_scaled(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1], 0x7f7f7f7f);
             } else {
                 ptx::mma_e4m3(scores[m], query[m][Step], key[2 * Step], key[2 * Step + 1]);
             }
@@ -214,7 +213,7 @@ template <int Dim, int VectorBytes>
 struct Mxfp8 : Mxfp8Rows<Dim, VectorBytes>, Microscaled<Mxfp8<Dim, VectorBytes>> {
     template <int Step, int ALane, int BLane>
     __device__ static void mma(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, uint32 a_scale, uint32 b_scale) {
-        ptx::mma_e4m3_block_scaled<Step, ALane, BLane>(d, a, b0, b1, a_scale, b_scale);
+        ptx::mma_e4m3_scaled<Step, ALane, BLane>(d, a, b0, b1, a_scale, b_scale);
     }
 };
 
