@@ -85,6 +85,23 @@ def ragged(starts: torch.Tensor, ends: torch.Tensor, *, keys: int, columns: int)
         _look(names[1], ends, ends - starts > columns, f"at most max_seqlen_k = {columns} keys from {names[0]}")
 
 
+@_unless_captured
+def lists(sparse_kv_block_indices: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, *, block: int) -> None:
+    """Those entries that count are blocks in which the row has keys."""
+    first, last = starts[:, None] // block, (ends[:, None] - starts[:, None] + block - 1) // block
+    counts = torch.arange(sparse_kv_block_indices.shape[1]) < last
+    wrong = (sparse_kv_block_indices < first) | (sparse_kv_block_indices >= first + last)
+    _look("sparse_kv_block_indices", sparse_kv_block_indices, wrong & counts, "a block in which the row has keys")
+
+
+@_unless_captured
+def sparse_metadata(metadata: torch.Tensor, *, rows: int, pitch: int, seal: int) -> None:
+    """Each row begins with the seal of the sizes that the call has."""
+    bytes_ = metadata[192 : 192 + rows * pitch].view(rows, pitch)[:, :4]
+    seals = (bytes_ << torch.arange(0, 32, 8)).sum(dim=1)
+    _look("metadata", seals, seals != seal, f"the seal {seal} of metadata made for these sizes")
+
+
 def _look(name: str, values: torch.Tensor, wrong: torch.Tensor, expected: str, rest: str = "") -> None:
     """Refuses `values`, called `name`, if there is one that is `wrong`. `rest` completes its place."""
     if not wrong.any():

@@ -18,7 +18,7 @@ makes their error two to three times as large.)
 
 import torch
 
-from . import arguments, checks, jit
+from . import arguments, checks, debug, jit
 from .checks import refuse
 from .kernels import logits, sparse
 from .kernels.windows import windows_of_bounds, windows_of_lengths
@@ -57,6 +57,9 @@ def get_sparse_mqa_logits_metadata(
     checks.integer("num_kv_tokens", num_kv_tokens)
     lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
     checks.boolean("use_unaligned_ks", use_unaligned_ks)
+    if debug.ON:
+        debug.ragged(*bounds.values(), keys=num_kv_tokens, columns=0)
+        debug.lists(lists, cu_seq_len_k_start, cu_seq_len_k_end, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)
     windows = windows_of_bounds(cu_seq_len_k_start, cu_seq_len_k_end, num_kv_tokens)
     sparse.list_blocks(metadata, windows, bounds, lists, block, unaligned=use_unaligned_ks)
@@ -98,6 +101,10 @@ def get_paged_sparse_mqa_logits_metadata(
     if indices is not None:
         checks.tensor("indices", indices, arguments.INT32, (rows,), device)
     lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+    if debug.ON:
+        lengths = context_lens.view(-1)
+        debug.lengths(context_lens)
+        debug.lists(lists, torch.zeros_like(lengths), lengths, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)
     limit = min(block_table.shape[1] * page_kv, 2**31 - 1)
     windows = windows_of_lengths(context_lens.view(-1), 1, limit)
@@ -195,11 +202,15 @@ def _sparse(
     if rows == 0 or places == 0:
         return out
 
+    if debug.ON:
+        debug.sparse_metadata(
+            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned)
+        )
     slots = sms_to_use(device)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, torch.bfloat16,
-        logits.few_rows(rows, slots), logits.alignment(*addresses, page_stride), block,
+        logits.few_rows(rows, slots), alignment=logits.alignment(*addresses, page_stride), block=block,
     )  # fmt: skip
     sparse.sparse(
         config, slots,
