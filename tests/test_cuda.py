@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from problems import POISON, Paged, Ragged, check, poisoned
+from problems import POISON, Paged, Ragged, Sparse, check, poisoned, random_lists
 
 import deep_gemm
 from deep_gemm.sm120.jit import architecture_of
@@ -104,6 +104,73 @@ def test_no_synchronisation() -> None:
     try:
         schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 100)
         deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule), clean_logits=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@FORMATS
+@pytest.mark.parametrize("block_kv", [64, 128])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_a_captured_sparse_step_is_replayed_with_other_lists_and_empty_rows(
+    rows: int, block_kv: int, fp4: bool
+) -> None:
+    """As SGLang captures it: metadata are made on a side stream, copied into a larger buffer, and serve two layers."""
+    problem = Sparse([900] * rows, width=48, block_kv=block_kv, fp4=fp4, device="cuda")
+    buffer = torch.zeros(problem.metadata().numel() + 4096, dtype=torch.uint8, device="cuda")
+    outs = [poisoned(rows, 384, torch.bfloat16, "cuda") for _ in range(2)]
+    side = torch.cuda.Stream()
+
+    def step() -> None:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            made = problem.metadata()
+            buffer[: made.numel()].copy_(made)
+        main.wait_stream(side)
+        for out in outs:
+            problem.logits(buffer, out)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for longest in (900, 0, 77):
+        lengths = torch.randint(0, longest + 1, (rows,), dtype=torch.int32)
+        lengths[torch.rand(rows) < 0.3] = 0
+        problem.context_lens.copy_(lengths)
+        problem.lists.copy_(random_lists(lengths.tolist(), 48, 8, "ascending", problem.rng))
+        for out in outs:
+            out.fill_(POISON)
+        graph.replay()
+        for out in outs:
+            check(out.cpu(), problem.expected().cpu())
+
+
+def test_two_sparse_graphs_on_two_streams() -> None:
+    problems = [Sparse([700 + i] * 5, width=40, device="cuda") for i in range(2)]
+    outs = [poisoned(5, 320, torch.bfloat16, "cuda") for _ in problems]
+    graphs, streams = [torch.cuda.CUDAGraph() for _ in problems], [torch.cuda.Stream() for _ in problems]
+    for problem, out, graph in zip(problems, outs, graphs):
+        problem.logits(problem.metadata(), out)
+        with torch.cuda.graph(graph):
+            problem.logits(problem.metadata(), out)
+        out.fill_(POISON)
+    torch.cuda.synchronize()
+    for _ in range(30):
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for problem, out in zip(problems, outs):
+        check(out.cpu(), problem.expected().cpu())
+
+
+def test_no_synchronisation_in_a_sparse_step() -> None:
+    problem = Sparse([700, 0, 64], width=40, device="cuda")
+    problem.logits(problem.metadata())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        problem.logits(problem.metadata())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

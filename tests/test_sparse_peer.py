@@ -1,5 +1,5 @@
-"""The kernel of DeepGEMM's pull request 447 beside ours, in the emulator: both against float64 and against the rounding that
-it states. Its own metadata are made by its own kernel."""
+"""The kernel of DeepGEMM's pull request 447 beside ours, in the emulator: both against float64 and against the rounding
+that it states. Its metadata are made by its own kernel."""
 
 import peer
 import pytest
@@ -7,9 +7,8 @@ import sparse_peer
 import torch
 from problems import Sparse, check, poisoned
 
-import deep_gemm
 from deep_gemm.sm120 import reference
-from deep_gemm.sm120.emulator import Buffer, Counters, Module, recording
+from deep_gemm.sm120.emulator import Buffer, Counters, Module
 
 pytestmark = pytest.mark.peer
 SMS = 20

@@ -4,10 +4,10 @@
     launch_logits(q, kv_cache, weights, metadata, width, block, logits, num_sms)
 
 The wheel is fetched by pip, pinned by hash, into the peer's folder (peer.py), and of it the headers alone are kept; the
-CUDA headers and the compiler are the peer's. Template arguments, geometry and sizes are those of the pull request's host
-code for a paged cache: 64 keys a block of 128 threads and turn, gathered synchronously; 8 blocks share an entry of the
-schedule where there are at most 16 rows, else one takes it; metadata merge the lists of two neighbouring rows of one
-request into splits of 640 keys (MXFP4) or 512 (MXFP8).
+CUDA headers and the compiler are the peer's. Template arguments, geometry and sizes are those of the pull request's
+host code for a paged cache: 64 keys a turn of a block of 128 threads, gathered synchronously; 8 blocks share an entry
+of the schedule where there are at most 16 rows, else one takes it; metadata merge the lists of two neighbouring rows of
+one request into splits of 640 keys (MXFP4) or 512 (MXFP8).
 """
 
 from __future__ import annotations
