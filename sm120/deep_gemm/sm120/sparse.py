@@ -210,7 +210,7 @@ def _sparse(
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, torch.bfloat16,
-        logits.few_rows(rows, slots), alignment=logits.alignment(*addresses, page_stride), block=block,
+        logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride), block=block,
     )  # fmt: skip
     sparse.sparse(
         config, slots,
