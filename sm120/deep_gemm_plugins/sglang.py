@@ -91,6 +91,18 @@ def topk_transform_bf16_small(scores, seq_lens, page_table, out_page_indices, pa
     return topk_transform_paged(scores, seq_lens, page_table, out_page_indices, page_size)
 
 
+def amax_topk_blocks(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None):
+    """V4.1's source: the best blocks of 8 keys of each row, in any order, -1 past the row's count."""
+    import torch
+    from sglang.kernels.ops.attention.dsv4.candidate_blocks import amax8_varlen
+
+    if not serves(logits.device) or topk_blocks > MOST:
+        return NotImplemented
+    width = logits.shape[1] if max_seq_len is None else max_seq_len
+    keys = torch.empty(len(logits), -(-width // 8), dtype=torch.float32, device=logits.device)
+    return ours().topk(amax8_varlen(logits, seq_lens, out=keys), nblocks, topk_blocks)
+
+
 def topk_transform(
     self,
     logits,
@@ -154,6 +166,11 @@ CANDIDATES = [
         f"{TOPK}:topk_transform_bf16_small",
         "(scores, seq_lens, page_table, out_page_indices, page_size)",
         topk_transform_bf16_small,
+    ),
+    Hook(
+        "sglang.kernels.ops.attention.dsv4.candidate_blocks:amax_topk_blocks",
+        "(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None)",
+        amax_topk_blocks,
     ),
 ]
 
