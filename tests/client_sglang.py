@@ -7,9 +7,11 @@ Page selections are compared for equality, so scores are made exact in every pre
 powers of two that bf16 and fp32 sums hold without rounding.
 """
 
+import contextlib
 import functools
 import os
 import sys
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -27,7 +29,9 @@ os.environ["SGLANG_OPT_USE_JIT_INDEXER_METADATA"] = "0"
 
 from problems import generator  # noqa: E402
 from sglang.kernels.ops.attention.dsv4 import candidate_blocks, index_logits  # noqa: E402
+from sglang.kernels.ops.attention.dsv4 import topk as topk_module  # noqa: E402
 from sglang.srt import runtime_context  # noqa: E402
+from sglang.srt.arg_groups import deepseek_v4_hook, model_hook  # noqa: E402
 from sglang.srt.layers.attention.dsa import dsa_indexer  # noqa: E402
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer  # noqa: E402
 from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata  # noqa: E402
@@ -757,3 +761,100 @@ def test_v4_1_is_sglang_s_error_where_a_part_is_missing(monkeypatch, v41: Calls,
         V41([5], generator())
     assert "make_candidate_indexer: not on deep_gemm's SM120 kernels" in caplog.text
     assert ("topk_transform_paged" if missing == "hook" else "SGLANG_ENABLE_JIT_DEEPGEMM=0") in caplog.text
+
+
+# What chooses V4's logits, and what happens where ours cannot serve.
+
+
+class Arguments:
+    """A launch's arguments: a model, and nothing else that is set."""
+
+    model_path = "DeepSeek-V4"
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch):
+    """SGLang's own resolution of a DeepSeek-V4 launch on the given machine: what it leaves in the environment."""
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DeepseekV4ForCausalLM"]), decision_config=None)
+    monkeypatch.setattr(model_hook, "model_config_of", lambda _: model)
+    monkeypatch.setattr(model_hook, "get_linear_attn_spec", lambda _: None)
+    monkeypatch.setattr(model_hook, "resolving_view", lambda _: Arguments())
+    for name in ("declare_resolution", "collect_model_override_declarations"):
+        monkeypatch.setattr(model_hook, name, mock.MagicMock())
+    for name in ("apply_deepseek_v4_defaults", "validate_deepseek_v4_cp", "validate_deepseek_v41_features"):
+        monkeypatch.setattr(deepseek_v4_hook, name, mock.MagicMock())
+    monkeypatch.setattr(model_hook, "validate_declarations", mock.MagicMock())
+
+    def resolve(sm120: bool, **given: str) -> dict[str, str | None]:
+        with mock.patch.dict(os.environ), override_platform(is_sm120=sm120, is_hip=False):
+            for name in plugin.VARIABLES:
+                os.environ.pop(name, None)
+            os.environ.update(given)
+            with contextlib.suppress(ValueError):  # of what follows V4's part, which a launch without arguments lacks
+                model_hook.handle_model_specific_adjustments(mock.MagicMock())
+            return {name: os.environ.get(name) for name in plugin.VARIABLES}
+
+    return resolve
+
+
+def test_v4_s_logits_are_ours_unless_the_user_chose(resolve, monkeypatch) -> None:
+    torch_logits, tilelang = plugin.VARIABLES
+    assert resolve(sm120=True) == {torch_logits: "False", tilelang: "False"}
+    assert resolve(sm120=True, **{torch_logits: "1"}) == {torch_logits: "1", tilelang: "True"}
+    assert resolve(sm120=True, **{tilelang: "1"}) == {torch_logits: "True", tilelang: "1"}
+    assert resolve(sm120=False) == {torch_logits: None, tilelang: None}
+    monkeypatch.setattr(plugin.PLUGIN.hooks[0], "active", False)
+    assert resolve(sm120=True) == {torch_logits: "True", tilelang: "True"}  # what SGLang does by itself
+
+
+def test_an_error_of_ours_is_sglang_s_own_kernel_from_then_on(monkeypatch, sm120_device, caplog) -> None:
+    hook = plugin.CANDIDATES[0]
+    for name in ("active", "state"):
+        monkeypatch.setattr(hook, name, getattr(hook, name))  # restored afterwards
+    theirs = mock.MagicMock()
+    monkeypatch.setattr(topk_module, "_jit_topk_v1_module", lambda: theirs)
+    monkeypatch.setattr(sm120, "topk", mock.MagicMock(side_effect=RuntimeError("no memory")))
+    lengths, table = torch.tensor([3, 70], dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int32)
+    arguments = torch.randn(2, 256), lengths, table, torch.empty(2, 64, dtype=torch.int32), PAGE
+    for count in (1, 2):
+        indexer.topk_transform_paged(*arguments)
+        assert theirs.topk_transform.call_count == count and sm120.topk.call_count == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "sglang.deep_gemm_sm120"]
+    assert line.endswith("topk_transform_paged: not on deep_gemm's SM120 kernels: RuntimeError: no memory")
+
+
+def test_other_devices_are_sglang_s(monkeypatch) -> None:
+    theirs = mock.MagicMock()
+    monkeypatch.setattr(topk_module, "_jit_topk_v1_module", lambda: theirs)
+    indexer.topk_transform_paged(*(torch.empty(1, 1) for _ in range(4)), PAGE)
+    assert theirs.topk_transform.call_count == 1
+
+
+def test_sizes_beyond_ours_are_sglang_s(monkeypatch, sm120_device) -> None:
+    theirs = mock.MagicMock()
+    monkeypatch.setattr(topk_module, "_jit_topk_v1_module", lambda: theirs)
+    lengths, table = torch.tensor([3], dtype=torch.int32), torch.zeros(1, 80, dtype=torch.int32)
+    indexer.topk_transform_paged(torch.randn(1, 5120), lengths, table, torch.empty(1, 4096, dtype=torch.int32), PAGE)
+    assert theirs.topk_transform.call_count == 1 and not sm120_device
+
+
+def test_what_the_plugin_adds_to_a_call(monkeypatch, sm120_device) -> None:
+    """At most 10 us over our function, on the way through SGLang's; measured without it."""
+    monkeypatch.setattr(sm120, "topk", lambda *args, **kwargs: None)
+    arguments = torch.randn(2, 256), *(torch.zeros(2, 4, dtype=torch.int32) for _ in range(3)), PAGE
+
+    def time_of(call) -> float:
+        rounds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(100):
+                call(*arguments)
+            rounds.append((time.perf_counter() - start) * 1e4)
+        return min(rounds)
+
+    added = time_of(indexer.topk_transform_paged)
+    print(f"{added:.2f} us")
+    assert added < 10
