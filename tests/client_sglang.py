@@ -40,7 +40,7 @@ from sglang.srt.layers.attention.dsa.paged_mqa_logits_backend import DSAPagedMQA
 from sglang.srt.layers.attention.dsv4 import indexer, v41_indexer  # noqa: E402
 from sglang.srt.layers.attention.dsv4 import metadata as metadata_module  # noqa: E402
 from sglang.srt.layers.attention.dsv4.metadata import PagedIndexerMetadata  # noqa: E402
-from sglang.srt.layers.attention.dsv4.v41_indexer import scoring, sparse_table  # noqa: E402
+from sglang.srt.layers.attention.dsv4.v41_indexer import full_topk, scoring, sparse_table  # noqa: E402
 from sglang.srt.layers.deep_gemm_wrapper import configurer  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.plugins import load_plugins  # noqa: E402
@@ -288,8 +288,9 @@ def sm120_device(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Tensors here lie on SM12x, as far as plugin and SGLang ask; what the plugin calls is written down."""
     calls = Calls()
 
-    for name in ("topk",):
-        monkeypatch.setattr(sm120, name, calls.spied(getattr(sm120, name)))
+    for name in ("topk", plugin.FUSED):
+        if hasattr(sm120, name):
+            monkeypatch.setattr(sm120, name, calls.spied(getattr(sm120, name)))
     monkeypatch.setattr(plugin, "serves", lambda device: True)
     monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", "0")  # as SGLang sets it on SM120 for V4
     with override_platform(is_sm120=True):
@@ -329,9 +330,24 @@ def test_every_hook_is_taken() -> None:
     assert len(report) == 1 + len(plugin.PLUGIN.hooks) and all(line.endswith(": taken") for line in report[1:])
 
 
+@pytest.fixture(params=["fused", "one by one", "fused fails"])
+def ways(request, monkeypatch: pytest.MonkeyPatch, sm120_device: Calls) -> set[str]:
+    """How decode goes: logits and top-k in one; without that function; and with one that raises. The names called."""
+    if request.param == "fused":
+        return {plugin.FUSED}
+    if request.param == "one by one":
+        monkeypatch.delattr(sm120, plugin.FUSED)
+    else:
+        for hook in plugin.PLUGIN.hooks:
+            for name in ("active", "state"):
+                monkeypatch.setattr(hook, name, getattr(hook, name))  # restored afterwards
+        monkeypatch.setattr(sm120, plugin.FUSED, mock.MagicMock(side_effect=RuntimeError("no memory")))
+    return {"topk"}
+
+
 @pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_v4_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, fp4: bool, chunk: int | None) -> None:
+def test_v4_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, ways, fp4: bool, chunk: int | None) -> None:
     """`chunk`: SGLang's limit on rows in a call on SM120, made small."""
     monkeypatch.setattr(metadata_module, "_IS_SM120", chunk is not None)
     monkeypatch.setattr(metadata_module, "_SM120_INDEXER_M_CHUNK", chunk)
@@ -340,10 +356,23 @@ def test_v4_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, fp4: 
     given = query, eighths((rows, HEADS, 1), rng), Pool(30, fp4, rng), shuffled_table(rows, 24, 30, rng), lengths
     ours, theirs = Backend(*given, topk=DSATopKBackend.SGL_KERNEL), Backend(*given)
     ours.select(fp4=fp4)
-    assert len(sm120_device) == (1 if chunk is None else 2)
+    assert ways <= set(sm120_device) and (plugin.FUSED in sm120_device) is (ways == {plugin.FUSED})
+    sm120_device.clear()
     theirs.select(fp4=fp4)
-    assert len(sm120_device) == (1 if chunk is None else 2)
+    assert not sm120_device
     check_v4(ours, theirs, fp4)
+
+
+@pytest.mark.parametrize("topk", [DSATopKBackend.TORCH, DSATopKBackend.FLASHINFER])
+def test_v4_s_logits_are_made_where_another_top_k_reads_them(rng, monkeypatch, sm120_device: Calls, topk) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    rows, seen = len(LENGTHS), []
+    query, weights = small((rows, HEADS, DIM), rng), eighths((rows, HEADS, 1), rng)
+    backend = Backend(query, weights, Pool(30, False, rng), shuffled_table(rows, 24, 30, rng), lengths, topk=topk)
+    monkeypatch.setattr(indexer, "topk_transform_pytorch_vectorized", lambda logits, *_: seen.append(logits))
+    backend.flashinfer_topk_transform = lambda logits, *_: seen.append(logits)
+    backend.select(fp4=False)
+    assert isinstance(seen[0], torch.Tensor) and not sm120_device
 
 
 def test_v4_prefill_without_pages(rng: torch.Generator, monkeypatch, sm120_device: Calls) -> None:
@@ -435,8 +464,13 @@ class V32:
         return tuple(part.contiguous().view(torch.uint8) for part in parts)
 
     def metadata(self, method: TopkTransformMethod, unfused: bool = False) -> DSAIndexerMetadata:
+        lengths = self.seen.view(len(self.lengths), -1)
         return DSAIndexerMetadata(
-            attn_metadata=self.attention, topk_transform_method=method, force_unfused_topk=unfused
+            attn_metadata=self.attention,
+            topk_transform_method=method,
+            force_unfused_topk=unfused,
+            paged_mqa_schedule_metadata=deep_gemm.get_paged_mqa_logits_metadata(lengths, PAGE, 188),
+            paged_mqa_ctx_lens_2d=lengths,
         )
 
     def check(self, positions: torch.Tensor) -> None:
@@ -461,19 +495,25 @@ def v32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsa_indexer, "_is_cuda", True)
 
 
-def test_v3_2_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, v32_on_cuda) -> None:
-    given = V32([700, 90], 1, rng)
+@pytest.mark.parametrize("tokens", [1, 2], ids=["decode", "verify"])
+def test_v3_2_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, ways, v32_on_cuda, tokens: int) -> None:
+    """Two rows of padding at the end, as a graph's batch has them."""
+    monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", "1")  # SGLang's default for these models
+    given = V32([700, 90], tokens, rng)
+    given.attention.real_page_table = given.table.repeat_interleave(tokens, dim=0)
     monkeypatch.setattr(dsa_indexer, "get_token_to_kv_pool", lambda: given.pool)
-    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE)
-    chosen = given.indexer._get_topk_paged(
-        batch, 0, given.query, given.weights, given.metadata(TopkTransformMethod.PAGED)
-    )
-    assert len(sm120_device) == 1
-    given.check(given.positions(chosen))
-    positions = given.indexer._get_topk_paged(
-        batch, 0, given.query, given.weights, given.metadata(TopkTransformMethod.PAGED, unfused=True)
-    )
-    given.check(positions)
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE if tokens == 1 else ForwardMode.TARGET_VERIFY)
+    given.attention.topk_v2_plan = torch.empty(2 * tokens + 1, 2)
+    padded = torch.cat([given.query, given.query[:2]]), torch.cat([given.weights, given.weights[:2]])
+    for unfused in (False, True):
+        sm120_device.clear()
+        metadata = given.metadata(TopkTransformMethod.PAGED, unfused)
+        chosen = given.indexer._get_topk_paged(batch, 0, *padded, metadata)
+        assert (chosen[2 * tokens :] == -1).all()
+        chosen = chosen[: 2 * tokens]
+        given.check(chosen if unfused else given.positions(chosen))
+        called = {"topk"} if unfused else ways
+        assert called <= set(sm120_device) and (plugin.FUSED in sm120_device) is (called == {plugin.FUSED})
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 3000], ids=["whole", "chunks"])
@@ -677,6 +717,35 @@ def test_v4_1_decode(rng: torch.Generator, monkeypatch, v41: Calls, verify: bool
         blocks = [block for block in published.blocks[row].tolist() if block < 2**31 - 1]
         check_row(given, row, outs[0][row], 0, torch.ones(length, dtype=torch.bool))
         check_row(given, row, outs[1][row], 1, candidates(given, row, blocks))
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_v4_1_s_other_layers(rng: torch.Generator, monkeypatch, v41: Calls, ways, tokens: int) -> None:
+    """Those that choose among all keys; `tokens` rows a request, which share a page table."""
+    lengths = [length for length in (600, 38, 130) for _ in range(tokens)]
+    given = V41(lengths, rng)
+    given.table = given.table[::tokens].repeat_interleave(tokens, dim=0)
+    plan = PagedIndexerMetadata(
+        page_size=256,
+        compressed_page_size=PAGE,
+        page_table=given.table,
+        compressed_seq_lens=given.lengths,
+        use_topk_v2=False,
+        compress_ratio=1,
+        rows_per_request=tokens,
+    )
+    indexer = v41_indexer.make_full_topk_indexer(token_to_kv_pool=given, req_to_token=torch.empty(0))
+    query, scales, weights = given.layers[0]
+    data = scoring.DeepGEMMDecodeData(
+        query[:, None], scales[:, None], weights, given.cache.view(-1, PAGE, 1, DIM // 2 + 4)
+    )
+    monkeypatch.setattr(full_topk, "get_deep_gemm_decode_data", lambda *_: data)
+    out = torch.full((len(lengths), given.top), -7, dtype=torch.int32)
+    v41.clear()
+    indexer.topk_decode(given.decode_inputs(plan, out, tokens > 1))
+    assert ways <= set(v41) and (plugin.FUSED in v41) is (ways == {plugin.FUSED})
+    for row, length in enumerate(lengths):
+        check_row(given, row, out[row], 0, torch.ones(length, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 1 << 13], ids=["whole", "tiles"])

@@ -42,12 +42,12 @@ class Unfit(Exception):
 class Hook:
     """Puts `function` in the place of a framework's function `target`, "module:name" or "module:Class.name".
 
-    `parameters` is the target's signature without annotations. `function` takes the target's arguments and returns its
-    result, or NotImplemented where the call is the framework's. What it raises it must raise before it writes anything
-    that the framework's own function does not write again.
+    `parameters` is the target's signature without annotations (None: a function of this wheel, which is not checked).
+    `function` takes the target's arguments and returns its result, or NotImplemented where the call is the framework's.
+    What it raises it must raise before it writes anything that the framework's own function does not write again.
     """
 
-    def __init__(self, target: str, parameters: str, function: Callable) -> None:
+    def __init__(self, target: str, parameters: str | None, function: Callable | None) -> None:
         self.target, self.parameters, self.function = target, parameters, function
         self.module, _, self.path = target.partition(":")
         self.reset()
@@ -62,7 +62,7 @@ class Hook:
         try:
             original = _resolve(module, self.path)
             found = _parameters(original)
-            if found != self.parameters:
+            if self.parameters not in (None, found):
                 raise Unfit(f"its parameters are {found}, not {self.parameters}")
             plugin.place(self, original)
             if _resolve(module, self.path) is original:

@@ -8,7 +8,8 @@ none, but SGLang's function may still be asked.
 """
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .hooks import Around, Hook, Plugin, Unfit, ours, serves
@@ -51,6 +52,99 @@ def open_candidates(candidate_topk_blocks: int, **_: Any) -> Iterator[bool]:
         yield True
     finally:
         configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS = False
+
+
+class Pending:
+    """Paged logits that are not computed yet: SGLang hands them to its top-k unread, and ours does both at once."""
+
+    def __init__(self, hook: Hook, function: Callable, arguments: tuple, options: dict) -> None:
+        self.hook, self.function, self.arguments, self.options = hook, function, arguments, options
+        self.dtype = options.get("logits_dtype")  # all that SGLang asks of them on the way
+
+    def logits(self) -> Any:
+        return self.function(*self.arguments, **self.options)
+
+    def choose(self, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None) -> bool:
+        """The choice from keys and queries, if the top-k is over what the logits are of; else nothing is done."""
+        q, cache, weights, lens, table, schedule, columns = self.arguments[:7]
+        rows, k = out_page_indices.shape
+        tokens = rows // len(table)  # rows of a request: every so many rows of top-k's table is the logits'
+        if not (
+            lens.data_ptr() == seq_lens.data_ptr()
+            and lens.numel() == seq_lens.numel() == rows
+            and table.data_ptr() == page_tables.data_ptr()
+            and (len(table) * tokens, table.shape[1]) == page_tables.shape
+            and (table.stride(0) == tokens * page_tables.stride(0) or rows == 1)
+            and cache.shape[1] == page_size
+            and k <= MOST
+        ):
+            return False
+        ours().fp8_fp4_paged_mqa_topk(
+            q,
+            cache,
+            weights,
+            lens,
+            table,
+            schedule,
+            columns,
+            k,
+            translate=True,
+            out=out_page_indices,
+            positions=out_raw_indices,
+        )
+        return True
+
+
+_in_this_thread = threading.local()  # .pending: logits asked for now are followed by nothing but top-k
+
+
+class Logits(Hook):
+    """A function of `deep_gemm`: gives Pending where SGLang is about to ask for top-k."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target, None, None)
+
+    def __call__(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self.active and getattr(_in_this_thread, "pending", False) and len(args) == 8 and args[7] is False:
+            return Pending(self, original, args, kwargs)
+        return original(*args, **kwargs)
+
+
+class AfterLogits(Hook):
+    """A top-k of SGLang's whose scores may be Pending. After an error of both at once they are made one by one."""
+
+    def __call__(self, original: Callable, scores: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(scores, Pending):
+            without_plan = args[:4] + args[5:] if self.path == "topk_transform_paged_v2" else args
+            try:
+                if scores.choose(*without_plan, **kwargs):
+                    if not scores.hook.used:
+                        scores.hook.tell()
+                    return None
+            except Exception as error:
+                scores.hook.refuse(error)
+            scores = scores.logits()
+        return super().__call__(original, scores, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _pending(possible: bool) -> Iterator[bool]:
+    possible = possible and hasattr(ours(), FUSED)
+    _in_this_thread.pending = possible
+    try:
+        yield possible
+    finally:
+        _in_this_thread.pending = False
+
+
+def fuse_v4(self, x, *_: Any, **__: Any) -> contextlib.AbstractContextManager[bool]:
+    """V4's logits and top-k in one, where SGLang's own kernels would choose."""
+    return _pending(serves(x.device) and self.dsa_topk_backend.is_sgl_kernel())
+
+
+def fuse_v41(self, inputs) -> contextlib.AbstractContextManager[bool]:
+    """V4.1's layers outside the candidate scheme."""
+    return _pending(serves(inputs.out_page_indices.device))
 
 
 def topk_transform_paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
@@ -142,17 +236,66 @@ def topk_transform(
     return torch.where(positions >= 0, slots, -1)
 
 
+def get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
+    """V3.2's and GLM-5's decode and verify: logits and top-k in one, of however many rows."""
+    import torch
+    from sglang.srt.environ import envs
+    from sglang.srt.layers.attention.dsa import dsa_indexer
+    from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetadata
+
+    if not (
+        serves(q_fp8.device)
+        and hasattr(ours(), FUSED)
+        and type(metadata) is DSAIndexerMetadata
+        and metadata.topk_backend.is_sgl_kernel()
+        and metadata.topk_transform_method.name == "PAGED"
+        and not metadata.force_unfused_topk
+        and metadata.paged_mqa_schedule_metadata is not None
+        and metadata.paged_mqa_ctx_lens_2d is not None
+        and envs.SGLANG_DSA_FUSE_TOPK.get()
+        and not envs.SGLANG_FP8_PAGED_MQA_LOGITS_TORCH.get()
+        and self.paged_mqa_logits_backend.is_deepgemm()
+        and self.num_init_tokens == self.num_local_tokens == 0
+        and self.index_topk <= MOST
+    ):
+        return NotImplemented
+    pool, lens, table = dsa_indexer.get_token_to_kv_pool(), metadata.paged_mqa_ctx_lens_2d, metadata.get_page_table_64()
+    requests, rows = len(metadata.get_seqlens_int32()), sum(metadata.get_dsa_extend_len_cpu())
+    tokens = rows // requests if requests else 0
+    if not (forward_batch.forward_mode.is_target_verify() and tokens >= 2 and lens.shape == (requests, tokens)):
+        lens, tokens = lens.reshape(-1, 1), 1
+    if not rows or lens.numel() != rows or len(table) != rows or pool.index_page_size != 64:
+        return NotImplemented
+    cache = self._get_index_k_read_buffer(pool, layer_id)
+    chosen = torch.empty((len(q_fp8), self.index_topk), dtype=torch.int32, device=q_fp8.device)
+    chosen[rows:] = -1  # padding of the hidden states
+    ours().fp8_fp4_paged_mqa_topk(
+        q_fp8[:rows].view(-1, tokens, *q_fp8.shape[1:]),
+        cache.view(len(cache), 64, 1, 132),
+        weights[:rows].squeeze(2),
+        lens,
+        table[::tokens],
+        metadata.paged_mqa_schedule_metadata,
+        table.shape[1] * 64,
+        self.index_topk,
+        translate=True,
+        out=chosen[:rows],
+    )
+    return chosen
+
+
+FUSED = "fp8_fp4_paged_mqa_topk"
 SPARSE = ("get_paged_sparse_mqa_logits_metadata", "fp8_fp4_paged_sparse_mqa_logits")
 TOPK = "sglang.kernels.ops.attention.dsv4.topk"
 V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
 
 CANDIDATES = [
-    Hook(
+    AfterLogits(
         f"{TOPK}:topk_transform_paged",
         "(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None)",
         topk_transform_paged,
     ),
-    Hook(
+    AfterLogits(
         f"{TOPK}:topk_transform_paged_v2",
         "(scores, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices=None)",
         topk_transform_paged_v2,
@@ -181,11 +324,25 @@ PLUGIN = Plugin(
         Around("sglang.srt.arg_groups.model_hook:handle_model_specific_adjustments", "(server_args)", choose_logits),
         *CANDIDATES,
         Hook(
+            "sglang.srt.layers.attention.dsa.dsa_indexer:Indexer._get_topk_paged",
+            "(self, forward_batch, layer_id, q_fp8, weights, metadata)",
+            get_topk_paged,
+        ),
+        Hook(
             "sglang.srt.layers.attention.dsa.dsa_topk_backend:DSATopKBackend.topk_transform",
             "(self, logits, lengths, topk, topk_transform_method, attn_metadata, cu_seqlens_q_topk=None, "
             "topk_indices_offset=None, row_starts=None, batch_idx_list=None, force_unfused_topk=False)",
             topk_transform,
         ),
+        Logits("deep_gemm:fp8_paged_mqa_logits"),
+        Logits("deep_gemm:fp8_fp4_paged_mqa_logits"),
+        Around(
+            "sglang.srt.layers.attention.dsv4.indexer:C4IndexerBackendMixin.forward_c4_indexer",
+            "(self, x, q_lora, c4_indexer, forward_batch, alt_streams=None, enable_multi_stream=False, "
+            "q_lora_ready=None, skip_compressor=False, q_lora_quant=None)",
+            fuse_v4,
+        ),
+        Around(f"{V41}.full_topk:FullTopKIndexer._deep_gemm_decode", "(self, inputs)", fuse_v41),
         Around(
             f"{V41}:make_candidate_indexer",
             "(*, token_to_kv_pool, req_to_token, page_size, candidate_topk_blocks, candidate_block_size)",
