@@ -10,6 +10,7 @@ powers of two that bf16 and fp32 sums hold without rounding.
 import contextlib
 import functools
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -327,7 +328,7 @@ def check_v4(ours: Backend, theirs: Backend, fp4: bool) -> None:
 def test_every_hook_is_taken() -> None:
     report = plugin.PLUGIN.report()
     assert report[0].startswith("sglang 0.5.23")
-    assert len(report) == 1 + len(plugin.PLUGIN.hooks) and all(line.endswith(": taken") for line in report[1:])
+    assert len(report) == 2 + len(plugin.PLUGIN.hooks) and all(line.endswith(": taken") for line in report[2:])
 
 
 @pytest.fixture(params=["fused", "one by one", "fused fails"])
@@ -748,35 +749,35 @@ def test_v4_1_s_other_layers(rng: torch.Generator, monkeypatch, v41: Calls, ways
         check_row(given, row, out[row], 0, torch.ones(length, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("budget", [1 << 30, 1 << 13], ids=["whole", "tiles"])
-def test_v4_1_prefill(rng: torch.Generator, monkeypatch, v41: Calls, budget: int) -> None:
-    """Two requests; their newest tokens select among the tokens before them."""
-    monkeypatch.setattr(scoring, "_DEEP_GEMM_SCORE_BUDGET_BYTES", budget)
+class V41Prefill(V41):
+    """Two requests, whose newest tokens select among the tokens before them."""
+
     ends, rows = [400, 90], [3, 2]
-    seen = [end - count + 1 + row for end, count in zip(ends, rows) for row in range(count)]
-    given = V41(seen, rng)
-    given.table = given.table[torch.tensor([0, 0, 0, 1, 1])]  # index pages of 64; the wide table has pages of 256
-    requests = [given.table[0], given.table[3]]
-    k_slots = torch.cat(
-        [table[torch.arange(end) // PAGE] * PAGE + torch.arange(end) % PAGE for table, end in zip(requests, ends)]
-    ).long()
-    monkeypatch.setattr(sparse_table, "expand_index_page_table", lambda table, **_: table)
-    outs = []
-    for layer, (query, scales, weights) in enumerate(given.layers):
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+        self.seen = [end - count + 1 + row for end, count in zip(self.ends, self.rows) for row in range(count)]
+        super().__init__(self.seen, rng)
+        self.table = self.table[torch.tensor([0, 0, 0, 1, 1])]  # of the index's pages, not of SGLang's of 256 tokens
+        monkeypatch.setattr(sparse_table, "expand_index_page_table", lambda table, **_: table)
+        self.k_slots = torch.cat([self.slots(2), self.slots(4)]).long()
+        self.monkeypatch = monkeypatch
+
+    def inputs(self, layer: int) -> v41_indexer.PrefillInputs:
+        query, scales, weights = self.layers[layer]
         data = scoring.DeepGEMMPrefillData(
-            k_slots=k_slots,
-            request_starts=torch.tensor([0, 0, 0, ends[0], ends[0]], dtype=torch.int32),
-            lens_per_request=ends,
-            rows_per_request=rows,
-            compress_lens=given.lengths,
+            k_slots=self.k_slots,
+            request_starts=torch.tensor([0, 0, 0, 400, 400], dtype=torch.int32),
+            lens_per_request=self.ends,
+            rows_per_request=self.rows,
+            compress_lens=self.lengths,
             q_fp4=query,
             q_sf=scales,
             weights=weights,
         )
-        monkeypatch.setattr(sparse_table, "get_deep_gemm_prefill_data", lambda _, data=data: data)
-        raw, pages = (torch.full((len(seen), given.top), -7, dtype=torch.int32) for _ in range(2))
-        inputs = v41_indexer.PrefillInputs(
-            indexer=SimpleNamespace(index_topk=given.top),
+        self.monkeypatch.setattr(sparse_table, "get_deep_gemm_prefill_data", lambda _: data)
+        raw, pages = (torch.full((len(self.seen), self.top), -7, dtype=torch.int32) for _ in range(2))
+        return v41_indexer.PrefillInputs(
+            indexer=SimpleNamespace(index_topk=self.top),
             layer_id=0,
             compress_ratio=1,
             freqs_cis=None,
@@ -785,28 +786,78 @@ def test_v4_1_prefill(rng: torch.Generator, monkeypatch, v41: Calls, budget: int
             positions=None,
             req_rows=None,
             req_pool_indices=None,
-            k_slots=k_slots,
+            k_slots=self.k_slots,
             index_plans=None,
-            kv_page_table=given.table,
-            seq_lens_cpu=ends,
-            rows_per_request=rows,
-            rows_per_request_device=torch.tensor(rows),
+            kv_page_table=self.table,
+            seq_lens_cpu=self.ends,
+            rows_per_request=self.rows,
+            rows_per_request_device=torch.tensor(self.rows),
             out_raw_indices=raw,
             out_page_indices=pages,
         )
-        if layer == 0:
-            published = given.prefill.publish_prefill(inputs)
-        else:
-            given.prefill.consume_prefill(inputs, published)
-        outs.append((raw, pages))
-    for row, length in enumerate(seen):
-        blocks = [block for block in published.blocks[row].tolist() if block < 2**31 - 1]
-        allowed = [torch.ones(length, dtype=torch.bool), candidates(given, row, blocks)]
-        for layer, (raw, pages) in enumerate(outs):
-            slots = given.slots(row)
-            positions = raw[row][raw[row] >= 0]
-            assert slots[positions.long()].tolist() == pages[row][pages[row] >= 0].tolist()
-            check_row(given, row, pages[row], layer, allowed[layer])
+
+    def check(self, layer: int, row: int, raw: torch.Tensor, pages: torch.Tensor, blocks: torch.Tensor) -> None:
+        """The choice of one row, among the candidates unless it is the source's."""
+        positions = raw[raw >= 0].long()
+        assert self.slots(row)[positions].tolist() == pages[pages >= 0].tolist()
+        allowed = candidates(self, row, [block for block in blocks.tolist() if block < 2**31 - 1])
+        check_row(self, row, pages, layer, allowed if layer else torch.ones_like(allowed))
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 1 << 13], ids=["whole", "tiles"])
+def test_v4_1_prefill(rng: torch.Generator, monkeypatch, v41: Calls, budget: int) -> None:
+    monkeypatch.setattr(scoring, "_DEEP_GEMM_SCORE_BUDGET_BYTES", budget)
+    given = V41Prefill(monkeypatch, rng)
+    source = given.inputs(0)
+    published = given.prefill.publish_prefill(source)
+    consumer = given.inputs(1)
+    given.prefill.consume_prefill(consumer, published)
+    for row in range(len(given.seen)):
+        for layer, inputs in enumerate((source, consumer)):
+            given.check(layer, row, inputs.out_raw_indices[row], inputs.out_page_indices[row], published.blocks[row])
+
+
+def test_v4_1_prefill_in_a_graph(rng: torch.Generator, monkeypatch, v41: Calls) -> None:
+    """The source's table goes into buffers of more rows, by copies of bytes; consumers read those."""
+    given = V41Prefill(monkeypatch, rng)
+    backend, rows = given.prefill, 8
+    for _ in range(2):  # allocates the buffers, then writes them anew
+        table = backend.prefill_graph_table(0, rows)
+        backend.publish_prefill_graph(given.inputs(0), rows, table)
+    published = backend.bind_prefill_graph_table(backend.prefill_graph_table(0, rows))
+    last = torch.arange(rows).clamp_max(len(given.seen) - 1)  # rows of padding repeat the last
+    query, scales, weights = (part[last] for part in given.layers[1])
+    monkeypatch.setattr(sparse_table, "quantize_index_q", lambda _: (query, scales))
+    raw, pages = (torch.full((rows, given.top), -7, dtype=torch.int32) for _ in range(2))
+    backend.consume_prefill_captured(
+        v41_indexer.CapturedPrefillInputs(
+            indexer=SimpleNamespace(index_topk=given.top),
+            layer_id=0,
+            q=None,
+            weights=weights,
+            index_page_size=PAGE,
+            out_page_indices=pages,
+            out_raw_indices=raw,
+        ),
+        published,
+    )
+    for row, same in enumerate(last.tolist()):
+        given.check(1, same, raw[row], pages[row], published.blocks[row])
+
+
+def test_v4_1_s_last_rows(rng: torch.Generator, monkeypatch, v41: Calls) -> None:
+    """Later layers go on with the newest rows of each request, over a table cut to them."""
+    given = V41Prefill(monkeypatch, rng)
+    table = given.prefill.publish_prefill(given.inputs(0))
+    tail, rows = table.tail([1, 2]), [2, 3, 4]
+    query, scales, weights = (part[rows] for part in given.layers[1])
+    data = SimpleNamespace(q_fp4=query, q_sf=scales, weights=weights)
+    raw = torch.full((3, given.top), -7, dtype=torch.int32)
+    cache = given.cache.view(-1, PAGE, 1, DIM // 2 + 4)
+    sparse_table.select_prefill_table(table=tail, data=data, k_cache=cache, out_positions=raw)
+    for index, row in enumerate(rows):
+        pages = torch.where(raw[index] >= 0, given.slots(row)[raw[index].clamp_min(0).long()], -1)
+        given.check(1, row, raw[index], pages, table.blocks[row])
 
 
 def test_v4_1_without_the_plugin_is_sglang_s_error(monkeypatch, v41: Calls) -> None:
@@ -910,20 +961,51 @@ def test_sizes_beyond_ours_are_sglang_s(monkeypatch, sm120_device) -> None:
     assert theirs.topk_transform.call_count == 1 and not sm120_device
 
 
-def test_what_the_plugin_adds_to_a_call(monkeypatch, sm120_device) -> None:
-    """At most 10 us over our function, on the way through SGLang's; measured without it."""
+def added_us(call) -> float:
+    """Host microseconds of `call`, the best of rounds."""
+    rounds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        rounds.append((time.perf_counter() - start) * 1e4)
+    return min(rounds)
+
+
+def test_what_the_plugin_adds_to_top_k(monkeypatch, sm120_device) -> None:
+    """At most 10 us over our function, which does nothing here, on the way through SGLang's."""
     monkeypatch.setattr(sm120, "topk", lambda *args, **kwargs: None)
     arguments = torch.randn(2, 256), *(torch.zeros(2, 4, dtype=torch.int32) for _ in range(3)), PAGE
-
-    def time_of(call) -> float:
-        rounds = []
-        for _ in range(20):
-            start = time.perf_counter()
-            for _ in range(100):
-                call(*arguments)
-            rounds.append((time.perf_counter() - start) * 1e4)
-        return min(rounds)
-
-    added = time_of(indexer.topk_transform_paged)
+    added = added_us(lambda: indexer.topk_transform_paged(*arguments))
     print(f"{added:.2f} us")
     assert added < 10
+
+
+def test_what_the_plugin_adds_to_logits_and_top_k(monkeypatch, sm120_device) -> None:
+    """The same for a layer's whole way: the context around it, the logits that wait, the choice."""
+    monkeypatch.setattr(sm120, plugin.FUSED, lambda *args, **kwargs: None)
+    (around,) = [hook for hook in plugin.PLUGIN.hooks if hook.path.endswith("forward_c4_indexer")]
+    lens, table, out = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 4), torch.zeros(2, 4)
+    cache, backend = torch.zeros(1, PAGE), SimpleNamespace(dsa_topk_backend=DSATopKBackend.SGL_KERNEL)
+
+    def layer(self, x) -> None:
+        logits = deep_gemm.fp8_paged_mqa_logits(None, cache, None, lens, table, None, 256, False)
+        indexer.topk_transform_paged(logits, lens[:, 0], table, out, PAGE)
+
+    added = added_us(lambda: around(layer, backend, lens))
+    print(f"{added:.2f} us")
+    assert added < 10 and around.active
+
+
+def test_a_process_without_a_model_imports_nothing() -> None:
+    code = """
+import sys
+from sglang.srt.plugins import load_plugins
+before = set(sys.modules)
+load_plugins()
+print(*(set(sys.modules) - before))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = run.stdout.split()
+    assert "deep_gemm_plugins.sglang" in names
+    assert not {name for name in names if name.partition(".")[0] in ("deep_gemm", "sglang", "torch", "triton", "cuda")}

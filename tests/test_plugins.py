@@ -199,7 +199,7 @@ def test_a_module_that_cannot_be_imported_raises_its_own_error(framework, tmp_pa
     plugin(hook).register()
     with pytest.raises(OSError, match="no library"):
         importlib.import_module("clientele.kernels")
-    assert "cannot be imported: OSError: no library" in plugin(hook).report()[1]
+    assert "cannot be imported: OSError: no library" in plugin(hook).report()[2]
 
 
 def test_a_module_that_is_not_there(framework) -> None:
@@ -208,13 +208,16 @@ def test_a_module_that_is_not_there(framework) -> None:
     given.register()
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("clientele.gone")
-    assert given.report()[1].startswith("scale of clientele.gone: not taken: clientele.gone cannot be imported")
+    assert given.report()[2].startswith("scale of clientele.gone: not taken: clientele.gone cannot be imported")
 
 
-def test_the_report_places_every_hook(framework) -> None:
+def test_the_report_places_every_hook(framework, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(hooks, "serves", lambda device: device.index == 1)
     hook, gone = scale_hook(), Hook("clientele.kernels:gone", "()", lambda: "ours")
     assert plugin(hook, gone).report() == [
         "clientele 1.0: clientele serve",
+        "hooks serve cuda:1",
         "scale of clientele.kernels: taken",
         "gone of clientele.kernels: not taken: clientele.kernels has no gone",
     ]

@@ -173,7 +173,11 @@ class Plugin:
         if reason:
             return [reason]
         self.register()
-        lines = [f"{self.framework} {self.found()}: {self.command}"]
+        import torch
+
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        here = ", ".join(str(device) for device in devices if serves(device)) or "no device here: none is SM12x"
+        lines = [f"{self.framework} {self.found()}: {self.command}", f"hooks serve {here}"]
         for hook in self.hooks:
             try:
                 importlib.import_module(hook.module)
