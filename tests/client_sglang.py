@@ -465,7 +465,7 @@ class V32:
         return tuple(part.contiguous().view(torch.uint8) for part in parts)
 
     def metadata(self, method: TopkTransformMethod, unfused: bool = False) -> DSAIndexerMetadata:
-        lengths = self.seen.view(len(self.lengths), -1)
+        lengths = self.seen[:, None]
         return DSAIndexerMetadata(
             attn_metadata=self.attention,
             topk_transform_method=method,
@@ -515,6 +515,19 @@ def test_v3_2_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, way
         given.check(chosen if unfused else given.positions(chosen))
         called = {"topk"} if unfused else ways
         assert called <= set(sm120_device) and (plugin.FUSED in sm120_device) is (called == {plugin.FUSED})
+
+
+def test_v3_2_s_lengths_on_sm100_are_not_taken_for_ours(rng, monkeypatch, sm120_device: Calls, v32_on_cuda) -> None:
+    """There they are a request's, the same for each of its tokens; top-k has to know each token's own."""
+    given = V32([700, 90], 2, rng)
+    given.attention.real_page_table = given.table.repeat_interleave(2, dim=0)
+    monkeypatch.setattr(dsa_indexer, "get_token_to_kv_pool", lambda: given.pool)
+    metadata = given.metadata(TopkTransformMethod.PAGED)
+    object.__setattr__(metadata, "paged_mqa_ctx_lens_2d", given.lengths[:, None].expand(-1, 2).contiguous())
+    batch = SimpleNamespace(forward_mode=ForwardMode.TARGET_VERIFY)
+    chosen = given.indexer._get_topk_paged(batch, 0, given.query, given.weights, metadata)
+    assert plugin.FUSED not in sm120_device
+    given.check(given.positions(chosen))
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 3000], ids=["whole", "chunks"])

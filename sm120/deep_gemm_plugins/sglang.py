@@ -259,22 +259,20 @@ def get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
         and self.index_topk <= MOST
     ):
         return NotImplemented
+    # One length for each row, as SGLang has them on SM12x: those of its SM100 form are no bounds for top-k.
     pool, lens, table = dsa_indexer.get_token_to_kv_pool(), metadata.paged_mqa_ctx_lens_2d, metadata.get_page_table_64()
-    requests, rows = len(metadata.get_seqlens_int32()), sum(metadata.get_dsa_extend_len_cpu())
-    tokens = rows // requests if requests else 0
-    if not (forward_batch.forward_mode.is_target_verify() and tokens >= 2 and lens.shape == (requests, tokens)):
-        lens, tokens = lens.reshape(-1, 1), 1
-    if not rows or lens.numel() != rows or len(table) != rows or pool.index_page_size != 64:
+    rows = sum(metadata.get_dsa_extend_len_cpu())
+    if not rows or lens.shape != (rows, 1) or len(table) != rows or pool.index_page_size != 64:
         return NotImplemented
     cache = self._get_index_k_read_buffer(pool, layer_id)
     chosen = torch.empty((len(q_fp8), self.index_topk), dtype=torch.int32, device=q_fp8.device)
     chosen[rows:] = -1  # padding of the hidden states
     ours().fp8_fp4_paged_mqa_topk(
-        q_fp8[:rows].view(-1, tokens, *q_fp8.shape[1:]),
+        q_fp8[:rows].unsqueeze(1),
         cache.view(len(cache), 64, 1, 132),
         weights[:rows].squeeze(2),
         lens,
-        table[::tokens],
+        table,
         metadata.paged_mqa_schedule_metadata,
         table.shape[1] * 64,
         self.index_topk,
