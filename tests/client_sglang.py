@@ -364,6 +364,19 @@ def test_v4_decode(rng: torch.Generator, monkeypatch, sm120_device: Calls, ways,
     check_v4(ours, theirs, fp4)
 
 
+def test_v4_decode_with_sglang_s_second_top_k(rng: torch.Generator, monkeypatch, sm120_device: Calls, ways) -> None:
+    """Whose plan ours does not need."""
+    monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", "1")
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    query, weights = small((len(LENGTHS), HEADS, DIM), rng), eighths((len(LENGTHS), HEADS, 1), rng)
+    given = query, weights, Pool(30, False, rng), shuffled_table(len(LENGTHS), 24, 30, rng), lengths
+    ours, theirs = Backend(*given, topk=DSATopKBackend.SGL_KERNEL), Backend(*given)
+    ours.select(fp4=False)
+    assert ways <= set(sm120_device)
+    theirs.select(fp4=False)
+    check_v4(ours, theirs, fp4=False)
+
+
 @pytest.mark.parametrize("topk", [DSATopKBackend.TORCH, DSATopKBackend.FLASHINFER])
 def test_v4_s_logits_are_made_where_another_top_k_reads_them(rng, monkeypatch, sm120_device: Calls, topk) -> None:
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)

@@ -1,10 +1,12 @@
 """SGLang 0.5.23: its indexers of DeepSeek-V4, V4.1, V3.2 and GLM-5 on our kernels, on SM12x.
 
-Logits    V4's are taken from `deep_gemm` without a variable, unless the user set one of the two that choose.
-Top-k     the functions that SGLang calls after every kind of logits, by what they are handed alone.
-V4.1      the candidate indexer is built, and scores candidates with our sparse functions.
-Each function below has the arguments of SGLang's own. Its batch-wide plans for top-k are made all the same: ours needs
-none, but SGLang's function may still be asked.
+Logits     V4's are taken from `deep_gemm` without a variable, unless the user set one of the two that choose.
+Top-k      the functions that SGLang calls after each kind of logits do what they say of their arguments with ours.
+In one     decode's logits wait until SGLang asks for top-k, and both are one call; V3.2's layer is taken as a whole.
+V4.1       the candidate indexer, which SGLang makes on SM100 alone, is made, and calls our sparse functions.
+
+Each function below has the arguments of SGLang's own. SGLang's plans for its top-k are made all the same: ours needs
+none, but SGLang's may still be asked.
 """
 
 import contextlib
@@ -15,7 +17,11 @@ from typing import Any
 from .hooks import Around, Hook, Plugin, Unfit, ours, serves
 
 MOST = 2048  # the largest k
-VARIABLES = ("SGLANG_FP8_PAGED_MQA_LOGITS_TORCH", "SGLANG_OPT_USE_TILELANG_INDEXER")
+VARIABLES = ("SGLANG_FP8_PAGED_MQA_LOGITS_TORCH", "SGLANG_OPT_USE_TILELANG_INDEXER")  # either keeps SGLang's logits
+FUSED = "fp8_fp4_paged_mqa_topk"
+SPARSE = ("get_paged_sparse_mqa_logits_metadata", "fp8_fp4_paged_sparse_mqa_logits")
+TOPK = "sglang.kernels.ops.attention.dsv4.topk"
+V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
 
 
 @contextlib.contextmanager
@@ -31,27 +37,81 @@ def choose_logits(server_args: Any) -> Iterator[bool]:
     yield choose
 
 
-@contextlib.contextmanager
-def open_candidates(candidate_topk_blocks: int, **_: Any) -> Iterator[bool]:
-    """The gate of V4.1's candidate indexer, which asks for SM100, stands open while the indexer is made, if all that
-    the indexer calls is ours."""
-    from sglang.srt.environ import envs
-    from sglang.srt.layers.deep_gemm_wrapper import configurer
-    from sglang.srt.runtime_context import get_platform
+def topk_transform_paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
+    """V4's top-k of fp32 logits, as pool slots and, if asked for, positions."""
+    k = out_page_indices.shape[1]
+    if not serves(scores.device) or k > MOST:
+        return NotImplemented
+    ours().topk(
+        scores,
+        seq_lens,
+        k,
+        block_table=page_tables,
+        page=page_size,
+        out=out_page_indices,
+        positions=out_raw_indices,
+    )
+    return None
 
-    if configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS or candidate_topk_blocks <= 0 or not get_platform().is_sm120:
-        yield False  # open already, or a model without candidates
-        return
-    missing = [hook.path for hook in CANDIDATES if not hook.active]
-    if missing or not envs.SGLANG_ENABLE_JIT_DEEPGEMM.get():
-        raise Unfit(f"not without {', '.join(missing)}" if missing else "SGLANG_ENABLE_JIT_DEEPGEMM=0")
-    if not all(hasattr(ours(), name) for name in SPARSE):
-        raise Unfit(f"deep_gemm.sm120 has not all of {', '.join(SPARSE)}")
-    configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS = True
-    try:
-        yield True
-    finally:
-        configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS = False
+
+def topk_transform_paged_v2(scores, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices=None):
+    """The same with a plan; without a page table, positions alone."""
+    if page_tables is None:
+        page_size = 1
+    return topk_transform_paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices)
+
+
+def topk_transform_ragged_v2(scores, seq_lens, *, out_offsets, out_indices, row_starts=None):
+    """Prefill over one run of keys: positions within the row's window, plus the row's offset."""
+    k = out_indices.shape[1]
+    if not serves(scores.device) or k > MOST:
+        return NotImplemented
+    ours().topk(scores, seq_lens, k, starts=row_starts, offset=out_offsets, out=out_indices)
+    return None
+
+
+def topk_transform_bf16_small(scores, seq_lens, page_table, out_page_indices, page_size):
+    """V4.1's consumers: bf16 scores of candidate blocks, mapped through the blocks."""
+    return topk_transform_paged(scores, seq_lens, page_table, out_page_indices, page_size)
+
+
+def topk_transform(
+    self,
+    logits,
+    lengths,
+    topk,
+    topk_transform_method,
+    attn_metadata,
+    cu_seqlens_q_topk=None,
+    topk_indices_offset=None,
+    row_starts=None,
+    batch_idx_list=None,
+    force_unfused_topk=False,
+):
+    """V3.2's and GLM-5's top-k, where the backend is SGLang's own kernels (its default)."""
+    import torch
+    from sglang.srt.environ import envs
+
+    if not self.is_sgl_kernel() or not serves(logits.device) or topk > MOST:
+        return NotImplemented
+    if len(lengths) != len(logits):
+        return NotImplemented
+    if force_unfused_topk or not envs.SGLANG_DSA_FUSE_TOPK.get():
+        return ours().topk(logits, lengths, topk, starts=row_starts)
+    if topk_transform_method.name == "RAGGED":
+        if topk_indices_offset is None or len(topk_indices_offset) != len(logits):
+            return NotImplemented
+        return ours().topk(logits, lengths, topk, starts=row_starts, offset=topk_indices_offset)
+    table = attn_metadata.real_page_table
+    if row_starts is None and batch_idx_list is None and len(table) == len(logits):
+        return ours().topk(logits, lengths, topk, block_table=table, page=attn_metadata.page_size)
+    # A prefill whose rows have no table of their own: the slots are looked up in their requests' wide tables.
+    requests = attn_metadata.token_to_batch_idx if batch_idx_list is None else batch_idx_list
+    if not isinstance(requests, torch.Tensor) or len(requests) != len(logits) or attn_metadata.page_table_1 is None:
+        return NotImplemented
+    positions = ours().topk(logits, lengths, topk, starts=row_starts)
+    slots = attn_metadata.page_table_1[requests.long()[:, None], positions.clamp_min(0).long()]
+    return torch.where(positions >= 0, slots, -1)
 
 
 class Pending:
@@ -147,95 +207,6 @@ def fuse_v41(self, inputs) -> contextlib.AbstractContextManager[bool]:
     return _pending(serves(inputs.out_page_indices.device))
 
 
-def topk_transform_paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
-    """V4's top-k of fp32 logits, as pool slots and, if asked for, positions."""
-    k = out_page_indices.shape[1]
-    if not serves(scores.device) or k > MOST:
-        return NotImplemented
-    ours().topk(
-        scores,
-        seq_lens,
-        k,
-        block_table=page_tables,
-        page=page_size,
-        out=out_page_indices,
-        positions=out_raw_indices,
-    )
-    return None
-
-
-def topk_transform_paged_v2(scores, seq_lens, page_tables, out_page_indices, page_size, metadata, out_raw_indices=None):
-    """The same with a plan; without a page table, positions alone."""
-    if page_tables is None:
-        page_size = 1
-    return topk_transform_paged(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices)
-
-
-def topk_transform_ragged_v2(scores, seq_lens, *, out_offsets, out_indices, row_starts=None):
-    """Prefill over one run of keys: positions within the row's window, plus the row's offset."""
-    k = out_indices.shape[1]
-    if not serves(scores.device) or k > MOST:
-        return NotImplemented
-    ours().topk(scores, seq_lens, k, starts=row_starts, offset=out_offsets, out=out_indices)
-    return None
-
-
-def topk_transform_bf16_small(scores, seq_lens, page_table, out_page_indices, page_size):
-    """V4.1's consumers: bf16 scores of candidate blocks, mapped through the blocks."""
-    return topk_transform_paged(scores, seq_lens, page_table, out_page_indices, page_size)
-
-
-def amax_topk_blocks(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None):
-    """V4.1's source: the best blocks of 8 keys of each row, in any order, -1 past the row's count."""
-    import torch
-    from sglang.kernels.ops.attention.dsv4.candidate_blocks import amax8_varlen
-
-    if not serves(logits.device) or topk_blocks > MOST:
-        return NotImplemented
-    width = logits.shape[1] if max_seq_len is None else max_seq_len
-    keys = torch.empty(len(logits), -(-width // 8), dtype=torch.float32, device=logits.device)
-    return ours().topk(amax8_varlen(logits, seq_lens, out=keys), nblocks, topk_blocks)
-
-
-def topk_transform(
-    self,
-    logits,
-    lengths,
-    topk,
-    topk_transform_method,
-    attn_metadata,
-    cu_seqlens_q_topk=None,
-    topk_indices_offset=None,
-    row_starts=None,
-    batch_idx_list=None,
-    force_unfused_topk=False,
-):
-    """V3.2's and GLM-5's top-k, where the backend is SGLang's own kernels (its default)."""
-    import torch
-    from sglang.srt.environ import envs
-
-    if not self.is_sgl_kernel() or not serves(logits.device) or topk > MOST:
-        return NotImplemented
-    if len(lengths) != len(logits):
-        return NotImplemented
-    if force_unfused_topk or not envs.SGLANG_DSA_FUSE_TOPK.get():
-        return ours().topk(logits, lengths, topk, starts=row_starts)
-    if topk_transform_method.name == "RAGGED":
-        if topk_indices_offset is None or len(topk_indices_offset) != len(logits):
-            return NotImplemented
-        return ours().topk(logits, lengths, topk, starts=row_starts, offset=topk_indices_offset)
-    table = attn_metadata.real_page_table
-    if row_starts is None and batch_idx_list is None and len(table) == len(logits):
-        return ours().topk(logits, lengths, topk, block_table=table, page=attn_metadata.page_size)
-    # A prefill whose rows have no table of their own: the slots are looked up in their requests' wide tables.
-    requests = attn_metadata.token_to_batch_idx if batch_idx_list is None else batch_idx_list
-    if not isinstance(requests, torch.Tensor) or len(requests) != len(logits) or attn_metadata.page_table_1 is None:
-        return NotImplemented
-    positions = ours().topk(logits, lengths, topk, starts=row_starts)
-    slots = attn_metadata.page_table_1[requests.long()[:, None], positions.clamp_min(0).long()]
-    return torch.where(positions >= 0, slots, -1)
-
-
 def get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
     """V3.2's and GLM-5's decode and verify: logits and top-k in one, of however many rows."""
     import torch
@@ -282,10 +253,41 @@ def get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
     return chosen
 
 
-FUSED = "fp8_fp4_paged_mqa_topk"
-SPARSE = ("get_paged_sparse_mqa_logits_metadata", "fp8_fp4_paged_sparse_mqa_logits")
-TOPK = "sglang.kernels.ops.attention.dsv4.topk"
-V41 = "sglang.srt.layers.attention.dsv4.v41_indexer"
+def amax_topk_blocks(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None):
+    """V4.1's source: the best blocks of 8 keys of each row, in any order, -1 past the row's count."""
+    import torch
+    from sglang.kernels.ops.attention.dsv4.candidate_blocks import amax8_varlen
+
+    if not serves(logits.device) or topk_blocks > MOST:
+        return NotImplemented
+    width = logits.shape[1] if max_seq_len is None else max_seq_len
+    columns = -(-width // 32) * 4  # rows of the maxima lie 16 bytes apart, as SGLang's kernel has them
+    keys = torch.empty(len(logits), columns, dtype=torch.float32, device=logits.device)
+    return ours().topk(amax8_varlen(logits, seq_lens, out=keys), nblocks, topk_blocks)
+
+
+@contextlib.contextmanager
+def open_candidates(candidate_topk_blocks: int, **_: Any) -> Iterator[bool]:
+    """The gate of V4.1's candidate indexer, which asks for SM100, stands open while the indexer is made, if all that
+    the indexer calls is ours."""
+    from sglang.srt.environ import envs
+    from sglang.srt.layers.deep_gemm_wrapper import configurer
+    from sglang.srt.runtime_context import get_platform
+
+    if configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS or candidate_topk_blocks <= 0 or not get_platform().is_sm120:
+        yield False  # open already, or a model without candidates
+        return
+    missing = [hook.path for hook in CANDIDATES if not hook.active]
+    if missing or not envs.SGLANG_ENABLE_JIT_DEEPGEMM.get():
+        raise Unfit(f"not without {', '.join(missing)}" if missing else "SGLANG_ENABLE_JIT_DEEPGEMM=0")
+    if not all(hasattr(ours(), name) for name in SPARSE):
+        raise Unfit(f"deep_gemm.sm120 has not all of {', '.join(SPARSE)}")
+    configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS = True
+    try:
+        yield True
+    finally:
+        configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS = False
+
 
 CANDIDATES = [
     AfterLogits(
