@@ -29,7 +29,7 @@ os.environ["SGLANG_OPT_USE_TILELANG_INDEXER"] = "0"
 os.environ["SGLANG_OPT_USE_JIT_INDEXER_METADATA"] = "0"
 
 from problems import generator  # noqa: E402
-from sglang.kernels.ops.attention.dsv4 import candidate_blocks, index_logits  # noqa: E402
+from sglang.kernels.ops.attention.dsv4 import candidate_blocks, candidate_table, index_logits  # noqa: E402
 from sglang.kernels.ops.attention.dsv4 import topk as topk_module  # noqa: E402
 from sglang.srt import runtime_context  # noqa: E402
 from sglang.srt.arg_groups import deepseek_v4_hook, model_hook  # noqa: E402
@@ -289,7 +289,7 @@ def sm120_device(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Tensors here lie on SM12x, as far as plugin and SGLang ask; what the plugin calls is written down."""
     calls = Calls()
 
-    for name in ("topk", plugin.FUSED):
+    for name in ("topk", "candidate_blocks", plugin.FUSED):
         if hasattr(sm120, name):
             monkeypatch.setattr(sm120, name, calls.spied(getattr(sm120, name)))
     monkeypatch.setattr(plugin, "serves", lambda device: True)
@@ -331,17 +331,22 @@ def test_every_hook_is_taken() -> None:
     assert len(report) == 2 + len(plugin.PLUGIN.hooks) and all(line.endswith(": taken") for line in report[2:])
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks as they are: one that refuses serves again in the next test."""
+    for hook in plugin.PLUGIN.hooks:
+        for name in ("active", "state"):
+            monkeypatch.setattr(hook, name, getattr(hook, name))
+
+
 @pytest.fixture(params=["fused", "one by one", "fused fails"])
-def ways(request, monkeypatch: pytest.MonkeyPatch, sm120_device: Calls) -> set[str]:
+def ways(request, monkeypatch: pytest.MonkeyPatch, kept, sm120_device: Calls) -> set[str]:
     """How decode goes: logits and top-k in one; without that function; and with one that raises. The names called."""
     if request.param == "fused":
         return {plugin.FUSED}
     if request.param == "one by one":
         monkeypatch.delattr(sm120, plugin.FUSED)
     else:
-        for hook in plugin.PLUGIN.hooks:
-            for name in ("active", "state"):
-                monkeypatch.setattr(hook, name, getattr(hook, name))  # restored afterwards
         monkeypatch.setattr(sm120, plugin.FUSED, mock.MagicMock(side_effect=RuntimeError("no memory")))
     return {"topk"}
 
@@ -579,15 +584,15 @@ def amax8_varlen(scores: torch.Tensor, seq_lens: torch.Tensor, topk: int = 0, *,
     return out
 
 
-def sort_candidate_blocks(blocks, seq_lens, page_table, page_size: int, *, out_pages=None) -> torch.Tensor:
-    pages, most, per_page = torch.full_like(blocks, 2**31 - 1), blocks.shape[1], page_size // 8
+def sort_blocks(blocks, seq_lens, page_table, out_pages, page_size: int) -> None:
+    out_pages.fill_(2**31 - 1)
+    most, per_page = blocks.shape[1], page_size // 8
     for row, length in enumerate(seq_lens.tolist()):
         count = -(-length // 8)
         ids = blocks[row][blocks[row] >= 0].sort().values if count > most else torch.arange(count)
         blocks[row] = 2**31 - 1
         blocks[row, : len(ids)] = ids
-        pages[row, : len(ids)] = page_table[row, ids // per_page] * per_page + ids % per_page
-    return pages
+        out_pages[row, : len(ids)] = page_table[row, ids // per_page] * per_page + ids % per_page
 
 
 @pytest.fixture
@@ -603,10 +608,11 @@ def v41(monkeypatch: pytest.MonkeyPatch, sm120_device: Calls) -> Calls:
     monkeypatch.setattr(v41_indexer, "_use_deep_gemm_prefill", lambda: True)
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(attn_cp_size=1))
     monkeypatch.setattr(candidate_blocks, "is_arch_support_pdl", lambda: False)
-    monkeypatch.setattr(candidate_blocks, "amax8_varlen", amax8_varlen)
+    monkeypatch.setattr(candidate_blocks, "plan_topk_v2", mock.MagicMock())
     for module in (candidate_blocks, sparse_table):
         monkeypatch.setattr(module, "amax8_varlen", amax8_varlen)
-    monkeypatch.setattr(sparse_table, "sort_candidate_blocks", sort_candidate_blocks)
+    sorting = SimpleNamespace(transform=sort_blocks)
+    monkeypatch.setattr(candidate_table, "_jit_candidate_block_table_module", lambda: sorting)
     return sm120_device
 
 
@@ -712,9 +718,15 @@ def candidates(given: V41, row: int, blocks: list[int]) -> torch.Tensor:
 V41_LENGTHS = [600, 0, 37, 8, 128, 129, 513]
 
 
+@pytest.mark.parametrize("lists", [True, False], ids=["", "sorted by SGLang"])
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("verify", [False, True], ids=["decode", "verify"])
-def test_v4_1_decode(rng: torch.Generator, monkeypatch, v41: Calls, verify: bool, chunk: int | None) -> None:
+def test_v4_1_decode(
+    rng: torch.Generator, monkeypatch, kept, v41: Calls, verify: bool, chunk: int | None, lists: bool
+) -> None:
+    """Without `lists` our function for them raises an error."""
+    if not lists:
+        monkeypatch.setattr(sm120, "candidate_blocks", mock.MagicMock(side_effect=RuntimeError("no memory")))
     monkeypatch.setattr(metadata_module, "_IS_SM120", chunk is not None)
     monkeypatch.setattr(metadata_module, "_SM120_INDEXER_M_CHUNK", chunk)
     given = V41(V41_LENGTHS, rng)
@@ -739,7 +751,7 @@ def test_v4_1_decode(rng: torch.Generator, monkeypatch, v41: Calls, verify: bool
             published = given.decode.publish_decode(inputs)
         else:
             given.decode.consume_decode(inputs, published)
-    assert {"topk", "get_paged_sparse_mqa_logits_metadata", "fp8_fp4_paged_sparse_mqa_logits"} <= set(v41)
+    assert {"topk", *plugin.SPARSE} <= set(v41) and ("candidate_blocks" in v41) is lists
     for row, length in enumerate(V41_LENGTHS):
         blocks = [block for block in published.blocks[row].tolist() if block < 2**31 - 1]
         check_row(given, row, outs[0][row], 0, torch.ones(length, dtype=torch.bool))
@@ -886,7 +898,7 @@ def test_v4_1_s_last_rows(rng: torch.Generator, monkeypatch, v41: Calls) -> None
         given.check(1, row, raw[index], pages, table.blocks[row])
 
 
-def test_v4_1_without_the_plugin_is_sglang_s_error(monkeypatch, v41: Calls) -> None:
+def test_v4_1_without_the_plugin_is_sglang_s_error(monkeypatch, kept, v41: Calls) -> None:
     (gate,) = [hook for hook in plugin.PLUGIN.hooks if hook.path == "make_candidate_indexer"]
     monkeypatch.setattr(gate, "active", False)
     with pytest.raises(RuntimeError, match="needs DeepGEMM's paged sparse MQA logits"):
@@ -895,10 +907,7 @@ def test_v4_1_without_the_plugin_is_sglang_s_error(monkeypatch, v41: Calls) -> N
 
 
 @pytest.mark.parametrize("missing", ["hook", "switch"])
-def test_v4_1_is_sglang_s_error_where_a_part_is_missing(monkeypatch, v41: Calls, caplog, missing: str) -> None:
-    (gate,) = [hook for hook in plugin.PLUGIN.hooks if hook.path == "make_candidate_indexer"]
-    for name in ("active", "state"):
-        monkeypatch.setattr(gate, name, getattr(gate, name))  # restored afterwards
+def test_v4_1_is_sglang_s_error_where_a_part_is_missing(monkeypatch, kept, v41: Calls, caplog, missing: str) -> None:
     if missing == "hook":
         monkeypatch.setattr(plugin.CANDIDATES[0], "active", False)
     else:
@@ -956,10 +965,7 @@ def test_v4_s_logits_are_ours_unless_the_user_chose(resolve, monkeypatch) -> Non
     assert resolve(sm120=True) == {torch_logits: "True", tilelang: "True"}  # what SGLang does by itself
 
 
-def test_an_error_of_ours_is_sglang_s_own_kernel_from_then_on(monkeypatch, sm120_device, caplog) -> None:
-    hook = plugin.CANDIDATES[0]
-    for name in ("active", "state"):
-        monkeypatch.setattr(hook, name, getattr(hook, name))  # restored afterwards
+def test_an_error_of_ours_is_sglang_s_own_kernel_from_then_on(monkeypatch, kept, sm120_device, caplog) -> None:
     theirs = mock.MagicMock()
     monkeypatch.setattr(topk_module, "_jit_topk_v1_module", lambda: theirs)
     monkeypatch.setattr(sm120, "topk", mock.MagicMock(side_effect=RuntimeError("no memory")))

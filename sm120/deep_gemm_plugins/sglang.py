@@ -155,7 +155,8 @@ class Pending:
         return True
 
 
-_in_this_thread = threading.local()  # .pending: logits asked for now are followed by nothing but top-k
+# .pending: logits that are asked for now go to top-k, and nowhere else; .lists: see list_candidates
+_in_this_thread = threading.local()
 
 
 class Logits(Hook):
@@ -253,8 +254,19 @@ def get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
     return chosen
 
 
+@contextlib.contextmanager
+def list_candidates(self, inputs) -> Iterator[bool]:
+    """While V4.1's source publishes: the best blocks are wanted as lists alone, right after they are chosen."""
+    _in_this_thread.lists = serves(inputs.out_page_indices.device)
+    try:
+        yield _in_this_thread.lists
+    finally:
+        _in_this_thread.lists = False
+
+
 def amax_topk_blocks(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None):
-    """V4.1's source: the best blocks of 8 keys of each row, in any order, -1 past the row's count."""
+    """V4.1's source: the best blocks of 8 keys of each row, in any order, -1 past the row's count. Where lists are
+    wanted the choice waits until they are asked for."""
     import torch
     from sglang.kernels.ops.attention.dsv4.candidate_blocks import amax8_varlen
 
@@ -263,7 +275,31 @@ def amax_topk_blocks(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None):
     width = logits.shape[1] if max_seq_len is None else max_seq_len
     columns = -(-width // 32) * 4  # rows of the maxima lie 16 bytes apart, as SGLang's kernel has them
     keys = torch.empty(len(logits), columns, dtype=torch.float32, device=logits.device)
-    return ours().topk(amax8_varlen(logits, seq_lens, out=keys), nblocks, topk_blocks)
+    amax8_varlen(logits, seq_lens, out=keys)
+    if not (getattr(_in_this_thread, "lists", False) and LISTS.active):
+        return ours().topk(keys, nblocks, topk_blocks)
+    blocks = torch.empty(len(logits), topk_blocks, dtype=torch.int32, device=logits.device)
+    blocks.waits_for = keys, nblocks
+    return blocks
+
+
+def sort_candidate_blocks(blocks, seq_lens, page_table, page_size, *, out_pages=None):
+    """The lists of the blocks that wait: ascending and, in the result, as places in the cache."""
+    import torch
+    from sglang.kernels.ops.attention.dsv4.candidate_blocks import plan_topk_v2, topk_transform_paged_v2
+
+    if not hasattr(blocks, "waits_for"):
+        return NotImplemented  # SGLang chose them
+    keys, nblocks = blocks.waits_for
+    pages = torch.empty_like(blocks) if out_pages is None else out_pages
+    try:
+        ours().candidate_blocks(
+            keys, seq_lens, blocks.shape[1], block_table=page_table, page=page_size, out=blocks, pages=pages
+        )
+    except Exception:  # chosen as SGLang does, which then sorts them
+        topk_transform_paged_v2(keys, nblocks, None, blocks, 1, plan_topk_v2(nblocks))
+        raise
+    return pages
 
 
 @contextlib.contextmanager
@@ -289,6 +325,11 @@ def open_candidates(candidate_topk_blocks: int, **_: Any) -> Iterator[bool]:
         configurer.DEEPGEMM_PAGED_SPARSE_MQA_LOGITS = False
 
 
+LISTS = Hook(
+    "sglang.kernels.ops.attention.dsv4.candidate_table:sort_candidate_blocks",
+    "(blocks, seq_lens, page_table, page_size, *, out_pages=None)",
+    sort_candidate_blocks,
+)
 CANDIDATES = [
     AfterLogits(
         f"{TOPK}:topk_transform_paged",
@@ -315,6 +356,8 @@ CANDIDATES = [
         "(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None)",
         amax_topk_blocks,
     ),
+    LISTS,
+    Around(f"{V41}.sparse_table:SparseTableBackend.publish_decode", "(self, inputs)", list_candidates),
 ]
 
 PLUGIN = Plugin(
