@@ -291,6 +291,7 @@ def sort_candidate_blocks(blocks, seq_lens, page_table, page_size, *, out_pages=
     if not hasattr(blocks, "waits_for"):
         return NotImplemented  # SGLang chose them
     keys, nblocks = blocks.waits_for
+    del blocks.waits_for  # the maxima are not kept as long as the lists are
     pages = torch.empty_like(blocks) if out_pages is None else out_pages
     try:
         ours().candidate_blocks(
