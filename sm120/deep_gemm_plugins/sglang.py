@@ -128,7 +128,7 @@ class Pending:
         """The choice from keys and queries, if the top-k is over what the logits are of; else nothing is done."""
         q, cache, weights, lens, table, schedule, columns = self.arguments[:7]
         rows, k = out_page_indices.shape
-        tokens = rows // len(table)  # rows of a request: every so many rows of top-k's table is the logits'
+        tokens = rows // max(len(table), 1)  # rows of a request: every so many rows of top-k's table is the logits'
         if not (
             lens.data_ptr() == seq_lens.data_ptr()
             and lens.numel() == seq_lens.numel() == rows
