@@ -8,7 +8,7 @@
 # make wheel    the wheel, into dist/
 # make lint     the style check
 # make test-clients  SGLang's own classes on our wheel, in an environment of their own (Python 3.11 or later)
-# make test-vllm     vLLM's wrappers on our wheel; fetches vLLM's wheel, 0.3 GB (Python 3.11 or later)
+# make test-vllm     vLLM's indexer on our wheel; fetches vLLM's wheel, 0.3 GB (Python 3.11 or later)
 # make test-upstream DeepGEMM's own tests of the logits, if the submodule is checked out (ARGS="--cases 40")
 # make test-wheel  the full wheel where upstream's library loads: in an environment of its own, 5.5 GB
 # make clean    removes the environments and what was built

@@ -124,5 +124,9 @@ setup(
         for folder in sorted({source.parent for source in (ROOT / "sm120").rglob("*.py")})
     ],
     package_data={"": ["**/*.cuh"]},
+    entry_points={
+        "sglang.srt.plugins": ["deep_gemm_sm120 = deep_gemm_plugins.sglang:register"],
+        "vllm.general_plugins": ["deep_gemm_sm120 = deep_gemm_plugins.vllm:register"],
+    },
     cmdclass={"build_py": Overlay, "bdist_wheel": OverlayWheel},
 )

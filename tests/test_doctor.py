@@ -13,7 +13,18 @@ def test_the_report_has_every_section_and_a_self_test_that_passes(
     monkeypatch.setenv("DG_SM120_FORCE", "0")
     assert doctor.report() == 0
     text = capsys.readouterr().out
-    for title in ("deep_gemm", "torch", "devices", "compiler", "cache", "upstream", "ours", "self-test"):
+    for title in (
+        "deep_gemm",
+        "torch",
+        "devices",
+        "compiler",
+        "cache",
+        "upstream",
+        "ours",
+        "sglang",
+        "vllm",
+        "self-test",
+    ):
         assert f"\n{title}" in f"\n{text}"
     assert deep_gemm.__version__ in text and torch.__version__ in text
     assert "DG_SM120_FORCE=0" in text

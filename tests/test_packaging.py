@@ -1,5 +1,6 @@
 """The wheel: what is in it, what it asks for, and what it leaves alone."""
 
+import configparser
 import email
 import importlib.metadata
 import json
@@ -65,6 +66,17 @@ def test_the_lean_wheel_holds_every_source_file_and_nothing_else(lean: Path) -> 
 def shipped(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         return {Path(name).name: archive.read(name) for name in archive.namelist() if SHIPPED in name}
+
+
+def test_both_frameworks_find_their_plugins(lean: Path) -> None:
+    with zipfile.ZipFile(lean) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        found = configparser.ConfigParser()
+        found.read_string(archive.read(name).decode())
+    assert {group: dict(found[group]) for group in found.sections()} == {
+        "sglang.srt.plugins": {"deep_gemm_sm120": "deep_gemm_plugins.sglang:register"},
+        "vllm.general_plugins": {"deep_gemm_sm120": "deep_gemm_plugins.vllm:register"},
+    }
 
 
 def test_the_common_kernels_are_compiled_ahead(lean: Path) -> None:

@@ -15,7 +15,7 @@ def compute(problem: Paged, slots: int, rows: slice = slice(None), few: bool | N
     lengths, n = problem.context_lens[rows], problem.next_n
     tokens = slice(rows.start * n, rows.stop * n) if rows.start is not None else rows
     q = tuple(part[rows] for part in problem.q) if problem.fp4 else problem.q[rows]
-    assert few in (None, logits.few_rows(len(lengths), slots))
+    assert few in (None, logits.few_rows(len(lengths), n, slots))
     return deep_gemm.fp8_fp4_paged_mqa_logits(
         q, problem.kv_cache, problem.weights[tokens], lengths, problem.block_table[rows],
         deep_gemm.get_paged_mqa_logits_metadata(lengths, problem.block_kv, slots), problem.max_context_len,

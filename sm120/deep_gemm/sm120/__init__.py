@@ -27,9 +27,11 @@ from .sparse import (
     get_paged_sparse_mqa_logits_metadata,
     get_sparse_mqa_logits_metadata,
 )
+from .topk import candidate_blocks, topk, topk_workspace_bytes
 
 __all__ = [
     "ArgumentError",
+    "candidate_blocks",
     "fp8_fp4_mqa_logits",
     "fp8_fp4_paged_mqa_logits",
     "fp8_fp4_paged_sparse_mqa_logits",
@@ -43,5 +45,7 @@ __all__ = [
     "get_sparse_mqa_logits_metadata",
     "set_num_sms",
     "set_pdl",
+    "topk",
+    "topk_workspace_bytes",
     "warmup",
 ]

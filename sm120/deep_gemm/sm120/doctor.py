@@ -1,5 +1,6 @@
-"""What a bug report needs, on one screen: the machine, the packages, what is ours here, and whether it computes."""
+"""What a bug report needs: the machine, the packages, what is ours here and in each framework, whether it computes."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -29,6 +30,8 @@ def report() -> int:
         "cache": _cache,
         "upstream": _upstream,
         "ours": lambda: [name for name in deep_gemm._OURS if hasattr(deep_gemm, name)],
+        "sglang": lambda: _plugin("sglang"),
+        "vllm": lambda: _plugin("vllm"),
         "switches": lambda: [f"{name}={value}" for name, value in os.environ.items() if name.startswith("DG_")],
     }
     for title, section in sections.items():
@@ -100,6 +103,11 @@ def _upstream() -> list[str]:
     if module is not None:
         return [f"{module.__name__} from {module.__file__}"]
     return [f"{name}: {reason}" for name, reason in upstream.failures.items()]
+
+
+def _plugin(framework: str) -> list[str]:
+    """The framework's version and launch command; each hook, and whether it is taken here. Imports the framework."""
+    return importlib.import_module(f"deep_gemm_plugins.{framework}").PLUGIN.report()
 
 
 def _self_test(device: torch.device) -> tuple[bool, list[str]]:
