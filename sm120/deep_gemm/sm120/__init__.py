@@ -21,6 +21,7 @@ from .paged import fp8_fp4_paged_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa
 from .prepare import warmup
 from .ragged import fp8_fp4_mqa_logits, fp8_mqa_logits
 from .settings import get_num_sms, get_pdl, set_num_sms, set_pdl
+from .topk import topk, topk_workspace_bytes
 
 __all__ = [
     "ArgumentError",
@@ -33,5 +34,7 @@ __all__ = [
     "get_pdl",
     "set_num_sms",
     "set_pdl",
+    "topk",
+    "topk_workspace_bytes",
     "warmup",
 ]

@@ -93,3 +93,15 @@ def schedule(context_lens: torch.Tensor, num_sms: int) -> torch.Tensor:
     starts = [slot * share + max(0, slot - (num_sms - longer)) for slot in range(num_sms + 1)]
     entries = [splits[start] if start < len(splits) else (context_lens.shape[0], 0) for start in starts]
     return torch.tensor(entries, dtype=torch.int32, device=context_lens.device)
+
+
+def topk(logits: torch.Tensor, lengths: list[int], k: int, starts: list[int] | None = None) -> list[list[int]]:
+    """The positions that `sm120.topk` chooses in each row, ascending: larger logits first, then smaller positions."""
+    chosen = []
+    for row, start, length in zip(logits, starts or [0] * len(lengths), lengths):
+        keys = row[start : start + max(length, 0)].double()
+        lowest = torch.finfo(torch.float64).min  # of no fp32: -inf stays above NaN
+        keys = keys.masked_fill(keys == -torch.inf, lowest).masked_fill(keys.isnan(), -torch.inf)
+        order = torch.sort(keys, descending=True, stable=True).indices[:k]
+        chosen.append(sorted(order.tolist()))
+    return chosen

@@ -13,6 +13,9 @@ class Kernel:
     body        what follows the include: the instantiation
     threads     of a block
     parameters  the struct's mirror; the kernel's source asserts the same size
+    blocks      that an SM should hold at once: the compiler spends no more registers than that leaves
+    follows     starts right behind another kernel of ours and waits for it itself (griddepcontrol): its blocks are set up
+                while that one runs, whatever `set_pdl` says
     """
 
     name: str
@@ -20,12 +23,14 @@ class Kernel:
     body: str
     threads: int
     parameters: type[ctypes.Structure]
+    blocks: int = 1
+    follows: bool = False
 
     @property
     def source(self) -> str:
         """The whole translation unit: one include and one function."""
         return (
             f'#define PARAMS_BYTES {ctypes.sizeof(self.parameters)}\n#include "{self.header}"\n\n'
-            f'extern "C" __global__ __launch_bounds__({self.threads}, 1)\n'
+            f'extern "C" __global__ __launch_bounds__({self.threads}, {self.blocks})\n'
             f"void {self.name}(const __grid_constant__ {self.parameters.__name__} p) {{\n{self.body}\n}}\n"
         )

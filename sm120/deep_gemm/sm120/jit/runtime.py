@@ -154,7 +154,7 @@ def _start(kernel: Kernel, function: Any, index: int, stream: int, grid: tuple[i
     driver = _driver()
     pointer = ctypes.c_void_p(ctypes.addressof(parameters))  # an array of one pointer, to the one argument
     pointers = ctypes.addressof(pointer)
-    if settings.get_pdl() and _capability(index) >= (9, 0):
+    if (kernel.follows or settings.get_pdl()) and _capability(index) >= (9, 0):
         return driver.cuLaunchKernelEx(_overlapping(grid, kernel.threads, stream), function, pointers, 0)[0]
     return driver.cuLaunchKernel(function, *grid, 1, kernel.threads, 1, 1, 0, stream, pointers, 0)[0]
 

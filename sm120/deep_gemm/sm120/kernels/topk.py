@@ -1,0 +1,155 @@
+"""Launcher of topk.cuh: configuration, workspace, parameters, grids."""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+
+from ..jit import Kernel, launch
+from .windows import Windows
+
+_THREADS = 512
+_MOST_PARTS = 64
+
+
+class TopkParams(ctypes.Structure):
+    """Field by field as in topk.cuh."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("logits_stride", ctypes.c_int64),
+        ("windows", Windows),
+        ("ends_are_lengths", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("share", ctypes.c_int32),
+        ("front", ctypes.c_int32),
+        ("page", ctypes.c_int32),
+        ("table", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("positions_stride", ctypes.c_int64),
+        ("scores_stride", ctypes.c_int64),
+        ("heads", ctypes.c_void_p),
+        ("fronts", ctypes.c_void_p),
+        ("rests", ctypes.c_void_p),
+        ("parts", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the kernels are compiled for.
+
+    dtype     of the logits
+    most      the largest k: 512, 1,024 or 2,048
+    """
+
+    dtype: torch.dtype
+    most: int
+    threads: int = _THREADS
+    keys: int = 8  # of a piece in a lane
+    blocks: int = 2  # of an SM
+
+    @cached_property
+    def share(self) -> int:
+        """Keys of a piece: with fewer a row has no second part."""
+        return self.threads * self.keys
+
+    @cached_property
+    def capacity(self) -> int:
+        """Keys that a block can keep between two pieces, and that a part can leave for the merge beside its front."""
+        return max(self.most + 1024 if self.most > 1024 else 2 * self.most, self.threads)
+
+    @cached_property
+    def fronts(self) -> int:
+        """Entries of all fronts of a row: several times k, so that fronts of equal size hardly ever lack one."""
+        return 2048 if self.most == 512 else 4096
+
+    @cached_property
+    def choose(self) -> Kernel:
+        tag, logit = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}[self.dtype]
+        vectors = self.keys * self.dtype.itemsize // 16
+        body = f"    choose<{logit}, {self.threads}, {vectors}, {self.capacity}>(p);"
+        name = f"topk_{tag}_k{self.most}"
+        return Kernel(name, "topk.cuh", body, self.threads, TopkParams, self.blocks)
+
+    @cached_property
+    def merge(self) -> Kernel:
+        body = f"    merge<{_THREADS}, {self.fronts}, {self.capacity}>(p);"
+        return Kernel(f"topk_merge_k{self.most}", "topk.cuh", body, _THREADS, TopkParams, follows=True)
+
+
+_config = cache(Config)
+
+
+def configure(dtype: torch.dtype, k: int) -> Config:
+    """The configuration for logits of `dtype` and the `k` largest."""
+    return _config(dtype, next(most for most in (512, 1024, 2048) if k <= most))
+
+
+def parts(config: Config, rows: int, columns: int, num_sms: int) -> int:
+    """In how many parts the keys of a row are split at most, so that few rows fill the chip."""
+    return max(1, min(config.blocks * num_sms // rows, -(-columns // config.share), _MOST_PARTS))
+
+
+def workspace_bytes(config: Config, rows: int, parts: int) -> int:
+    """What parts leave for the merge; 0 where rows have one part."""
+    return 0 if parts == 1 else rows * parts * 8 * (1 + config.fronts // parts + config.capacity)
+
+
+def topk(
+    config: Config,
+    parts: int,
+    *,
+    logits: torch.Tensor,
+    windows: Windows,
+    ends_are_lengths: bool,
+    bounds: Mapping[str, torch.Tensor],
+    k: int,
+    page: int,
+    block_table: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+    out: torch.Tensor,
+    positions: torch.Tensor | None,
+    scores: torch.Tensor | None,
+) -> None:
+    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into."""
+    p = TopkParams()
+    p.logits = logits.data_ptr()
+    p.logits_stride = logits.stride()[0]
+    p.windows = windows
+    p.ends_are_lengths = ends_are_lengths
+    p.k = k
+    p.share = config.share
+    p.page = page
+    p.parts = parts
+    outputs = {"out": out}
+    p.out, p.out_stride = out.data_ptr(), out.stride()[0]
+    if block_table is not None:
+        p.table, p.table_stride = block_table.data_ptr(), block_table.stride()[0]
+    if offset is not None:
+        p.offset = offset.data_ptr()
+    if positions is not None:
+        outputs["positions"] = positions
+        p.positions, p.positions_stride = positions.data_ptr(), positions.stride()[0]
+    if scores is not None:
+        outputs["scores"] = scores
+        p.scores, p.scores_stride = scores.data_ptr(), scores.stride()[0]
+    inputs = {"logits": logits, "block_table": block_table, "offset": offset, **bounds}
+    rows = logits.shape[0]
+    if parts == 1:
+        launch(config.choose, out.device, (rows, 1), p, inputs, outputs)
+        return
+    p.front = config.fronts // parts
+    p.heads = workspace.data_ptr()
+    p.fronts = p.heads + 8 * rows * parts
+    p.rests = p.fronts + 8 * rows * parts * p.front
+    launch(config.choose, out.device, (rows, parts), p, inputs, {**outputs, "workspace": workspace})
+    launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)

@@ -1,0 +1,323 @@
+"""The k largest of each row: exactly those that a stable sort gives, whatever the values are and whichever path they take."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deep_gemm import sm120
+from deep_gemm.sm120 import reference, settings
+from deep_gemm.sm120.emulator import recording
+from deep_gemm.sm120.kernels import topk as kernels
+
+POISON = -77777
+
+
+def poisoned(rows: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A result whose rows are k + 3 apart; what lies between must stay."""
+    return torch.full((rows, k + 3), POISON, dtype=dtype, device=device)[:, :k]
+
+
+def check(logits: torch.Tensor, lengths: list[int], k: int, starts: list[int] | None = None, table=None, page: int = 1,
+          offset: list[int] | None = None, device: str = "cpu") -> None:  # fmt: skip
+    """Compares all results of `topk` with the reference; runs it twice, which must agree to the bit."""
+    rows = len(lengths)
+
+    def int32(numbers: list[int] | None) -> torch.Tensor | None:
+        return None if numbers is None else torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    there = logits if device == "cpu" else logits.to(device)
+    runs = []
+    for _ in range(2):
+        out, positions = (poisoned(rows, k, torch.int32, device) for _ in range(2))
+        scores = poisoned(rows, k, torch.float32, device)
+        given = sm120.topk(
+            there, int32(lengths), k, starts=int32(starts), block_table=None if table is None else table.to(device),
+            page=page, offset=int32(offset), out=out, positions=positions, scores=scores,
+        )  # fmt: skip
+        assert given is out
+        for result in (out, positions, scores):
+            between = torch.as_strided(result, (rows, k + 3), (k + 3, 1))[:, k:]
+            assert (between[:-1] == POISON).all(), "written between the rows"
+        runs.append([result.clone().cpu() for result in (out, positions, scores)])
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(*runs)), "two runs differ"
+
+    out, positions, scores = runs[0]
+    for row, expected in enumerate(reference.topk(logits, lengths, k, starts)):
+        count, start = len(expected), starts[row] if starts else 0
+        got = positions[row, :count]
+        assert sorted(got.tolist()) == expected, difference(logits[row, start:], sorted(got.tolist()), expected)
+        assert (positions[row, count:] == -1).all() and (out[row, count:] == -1).all()
+        assert (scores[row, count:] == -torch.inf).all()
+        chosen = got.long()
+        torch.testing.assert_close(
+            scores[row, :count], logits[row, start + chosen].float(), rtol=0, atol=0, equal_nan=True
+        )
+        where = got if table is None else table[row, chosen // page] * page + got % page
+        assert torch.equal(out[row, :count], where + (offset[row] if offset else 0))
+
+
+def difference(row: torch.Tensor, got: list[int], expected: list[int]) -> str:
+    wrong, missing = sorted(set(got) - set(expected)), sorted(set(expected) - set(got))
+    what = ", ".join(f"{p}: {row[p].item()!r}" if 0 <= p < len(row) else f"{p}" for p in wrong[:3])
+    lacks = ", ".join(f"{p}: {row[p].item()!r}" for p in missing[:3])
+    return f"{len(wrong)} of {len(expected)} are wrong ({what}), {len(missing)} are missing ({lacks})"
+
+
+@pytest.fixture
+def one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of any length are taken by one block each, as where there are many."""
+    monkeypatch.setattr(settings, "_num_sms", 1)
+
+
+# --- values that others stumbled over ---------------------------------------------------------------------------------
+
+Fill = Callable[[int, int], torch.Tensor]
+
+
+def ulps(rows: int, columns: int) -> torch.Tensor:
+    """Neighbouring floats."""
+    bits = 0x3F800000 + torch.randint(0, 40, (rows, columns), dtype=torch.int32)
+    return bits.view(torch.float32)
+
+
+def nearly_all_nan(rows: int, columns: int) -> torch.Tensor:
+    x = torch.full((rows, columns), torch.nan)
+    x[torch.rand(rows, columns) < 0.01] = -torch.inf
+    x[torch.rand(rows, columns) < 0.01] = 3.0
+    return x
+
+
+def of_signs(rows: int, columns: int) -> torch.Tensor:
+    """NaNs of both signs with payloads, infinities, zeros of both signs, subnormals."""
+    words = [0x7FC00000, -0x400000, 0x7F800001, -1, 0x7F800000, -0x800000, 0, -0x80000000, 1, -0x7FFFFFFF, 0x7FFFFF]
+    return torch.tensor(words, dtype=torch.int32)[torch.randint(0, len(words), (rows, columns))].view(torch.float32)
+
+
+def one_digit_apart(shift: int) -> Fill:
+    """Most keys share all digits above `shift`; what lies below decides."""
+
+    def fill(rows: int, columns: int) -> torch.Tensor:
+        bits = 0x42F00000 + torch.randint(0, 2048, (rows, columns), dtype=torch.int32) * (1 << shift)
+        return bits.view(torch.float32)
+
+    return fill
+
+
+def in_one_chunk_of(parts: int) -> Fill:
+    """The largest all lie where one of so many parts looks."""
+
+    def fill(rows: int, columns: int) -> torch.Tensor:
+        mine = torch.arange(columns) // 128 % parts == 1
+        return torch.randn(rows, columns) + 50.0 * mine
+
+    return fill
+
+
+FILLS: dict[str, Fill] = {
+    "normal": torch.randn,
+    "all equal": lambda rows, columns: torch.full((rows, columns), 1.5),
+    "two values": lambda rows, columns: (torch.rand(rows, columns) < 0.03).float(),
+    "zeros of both signs": lambda rows, columns: torch.where(torch.rand(rows, columns) < 0.5, 0.0, -0.0),
+    "neighbouring floats": ulps,
+    "rising": lambda rows, columns: torch.arange(columns).float().expand(rows, -1).contiguous(),
+    "falling": lambda rows, columns: -torch.arange(columns).float().expand(rows, -1).contiguous(),
+    "span of 1e38": lambda rows, columns: (torch.rand(rows, columns) - 0.5) * 3e38,
+    "subnormal": lambda rows, columns: torch.randn(rows, columns) * 1e-41,
+    "all NaN": lambda rows, columns: torch.full((rows, columns), torch.nan),
+    "nearly all NaN": nearly_all_nan,
+    "infinities, NaNs, zeros": of_signs,
+    "close together": lambda rows, columns: 100 + torch.randn(rows, columns) * 0.01,
+    "second digit": one_digit_apart(10),
+    "third digit": one_digit_apart(0),
+    "first digit": lambda rows, columns: torch.randint(-(2**31), 2**31, (rows, columns)).int().view(torch.float32),
+    "one part has them all": in_one_chunk_of(3),
+}
+SHAPES = [(700, 512), (700, 2048), (5000, 512), (5000, 2048), (11000, 512), (11000, 2048), (13000, 1000)]
+
+
+@pytest.mark.parametrize("columns, k", SHAPES)
+@pytest.mark.parametrize("fill", FILLS)
+def test_any_values(fill: str, columns: int, k: int, device: str) -> None:
+    """Few rows: several parts each where the row is longer than a piece."""
+    check(FILLS[fill](2, columns), [columns, columns - 77], k, device=device)
+
+
+@pytest.mark.parametrize("columns, k", [(11000, 512), (14000, 2048)])
+@pytest.mark.parametrize("fill", FILLS)
+def test_any_values_in_one_part(fill: str, columns: int, k: int, device: str, one_part: None) -> None:
+    """A block goes through the row piece by piece, behind a gate that rises."""
+    check(FILLS[fill](2, columns), [columns, columns - 77], k, device=device)
+
+
+@pytest.mark.parametrize("columns, k", [(5000, 700), (11000, 512)])
+@pytest.mark.parametrize("fill", FILLS)
+def test_any_values_in_bf16(fill: str, columns: int, k: int, device: str) -> None:
+    check(FILLS[fill](2, columns).bfloat16(), [columns, columns - 77], k, device=device)
+
+
+def test_the_rests_are_looked_at_only_where_they_matter() -> None:
+    """Bytes that the merge reads: of random rows the fronts alone; where one part has the largest, its rest as well."""
+
+    def read(fill: str) -> int:
+        logits = FILLS[fill](1, 11000)
+        with recording() as launches:
+            sm120.topk(logits, torch.tensor([11000], dtype=torch.int32), 2048)
+        return launches[1].bytes_read["workspace"]
+
+    config = kernels.configure(torch.float32, 2048)
+    fronts = 8 * (3 + config.fronts // 3 * 3)
+    assert read("normal") == fronts
+    assert read("one part has them all") > fronts
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 511, 512, 513, 1024, 1025, 2047, 2048])
+def test_any_k_beside_any_length(k: int, device: str) -> None:
+    lengths = [0, 1, -5, k - 1, k, k + 1, k + 40, 3000, 4096, 4097, 6000]
+    check(torch.randn(len(lengths), 6000), lengths, k, device=device)
+
+
+def test_rows_of_all_lengths_in_one_part(device: str, one_part: None) -> None:
+    lengths = [0, 5, 600, 4096, 4097, 8191, 8192, 8193, 12288, 20000]
+    check(torch.randn(len(lengths), 20000), lengths, 512, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5, 7, 8])
+def test_any_alignment(start: int, dtype: torch.dtype, device: str) -> None:
+    """Rows begin anywhere; what lies outside is larger than anything within."""
+    whole = torch.full((3, 5021), 1e30, dtype=dtype)
+    logits = whole[:, start:]
+    starts, lengths = [0, 13, 4], [5021 - start - 9, 4900, 4999 - start]
+    for row in range(3):
+        logits[row, starts[row] : starts[row] + lengths[row]] = torch.randn(lengths[row]).to(dtype)
+    check(logits if device == "cpu" else logits.clone(), lengths, 600, starts, device=device)
+
+
+def test_a_length_past_the_columns_ends_there(device: str) -> None:
+    logits = torch.randn(4, 1000)
+    lengths = torch.tensor([2000, 2**31 - 1, 500, 7], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 300, 900, 1200], dtype=torch.int32, device=device)
+    out = sm120.topk(logits.to(device), lengths, 600, starts=starts).cpu()
+    expected = reference.topk(logits, [1000, 700, 100, 0], 600, [0, 300, 900, 1000])
+    assert [sorted(p for p in row if p >= 0) for row in out.tolist()] == expected
+
+
+def test_pages_and_offsets(device: str) -> None:
+    columns, page = 7000, 48
+    table = torch.stack([torch.randperm(500)[:200] for _ in range(3)]).int()
+    check(torch.randn(3, columns), [columns, 300, 5000], 512, table=table, page=page, device=device)
+    check(torch.randn(3, columns), [columns, 300, 0], 512, offset=[7, -5, 100000], device=device)
+    same = table[:1].expand(3, -1)
+    check(torch.randn(3, columns), [columns, 300, 5000], 512, table=same, page=64, offset=[1, 2, 3], device=device)
+
+
+def test_a_row_of_at_most_k_keys_is_not_read() -> None:
+    logits = torch.full((2, 900), torch.nan)
+    with recording() as launches:
+        sm120.topk(logits, torch.tensor([900, 3], dtype=torch.int32), 1000)
+    assert launches[0].bytes_read["logits"] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_logit_is_read_once(rows: int, one_part: None) -> None:
+    with recording() as launches:
+        sm120.topk(torch.randn(rows, 30000), torch.full((rows,), 30000, dtype=torch.int32), 512)
+    assert launches[0].bytes_read["logits"] == rows * 30000 * 4
+
+
+def test_the_cost_follows_the_lengths() -> None:
+    """In a row that is wide and short all blocks but one leave at once."""
+
+    def work(columns: int, length: int) -> int:
+        with recording() as launches:
+            sm120.topk(torch.randn(1, columns), torch.tensor([length], dtype=torch.int32), 512)
+        return sum(sum(launch.instructions.values()) for launch in launches)
+
+    short, narrow, long = work(250_000, 4000), work(4000, 4000), work(250_000, 250_000)
+    assert short - narrow < 0.05 * long
+
+
+def test_more_than_2_to_the_31_logits(device: str) -> None:
+    stride = 2**31 + 2**12
+    whole = torch.empty(stride + 5000, dtype=torch.bfloat16, device=device)
+    logits = whole.as_strided((2, 5000), (stride, 1))
+    rows = torch.randn(2, 5000).bfloat16()
+    logits.copy_(rows)
+    out = sm120.topk(logits, torch.tensor([5000, 4000], dtype=torch.int32, device=device), 512).cpu()
+    assert [sorted(row) for row in out.tolist()] == reference.topk(rows, [5000, 4000], 512)
+
+
+def test_no_rows_and_no_columns(device: str) -> None:
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    assert sm120.topk(torch.empty(0, 100, device=device), none, 5).shape == (0, 5)
+    lengths = torch.tensor([3, 0], dtype=torch.int32, device=device)
+    assert (sm120.topk(torch.empty(2, 0, device=device), lengths, 5) == -1).all()
+
+
+def test_a_workspace_may_hold_anything(device: str) -> None:
+    logits = torch.randn(1, 20000)
+    size = sm120.topk_workspace_bytes(1, 20000, 512, device=device)
+    assert size > 0
+    workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    for _ in range(2):
+        lengths = torch.tensor([20000], dtype=torch.int32, device=device)
+        out = sm120.topk(logits.to(device), lengths, 512, workspace=workspace).cpu()
+        assert [sorted(row) for row in out.tolist()] == reference.topk(logits, [20000], 512)
+
+
+@given(data=st.data())
+def test_any_problem(data: st.DataObject, device: str) -> None:
+    rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 14000))
+    k = data.draw(st.integers(1, 2048))
+    starts = [data.draw(st.integers(0, columns)) for _ in range(rows)]
+    lengths = [data.draw(st.integers(0, columns - start)) for start in starts]
+    logits = FILLS[data.draw(st.sampled_from(list(FILLS)))](rows, columns)
+    logits = logits.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    check(logits, lengths, k, starts, device=device)
+
+
+# --- sanitizers, arguments --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["normal", "all equal", "close together", "one part has them all"])
+@pytest.mark.parametrize("columns, k, sms", [(900, 512, 188), (9000, 2048, 188), (9000, 512, 1)])
+def test_clean_under_the_sanitizers(columns: int, k: int, sms: int, fill: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_num_sms", sms)
+    with recording(sanitize=True):
+        check(FILLS[fill](2, columns), [columns, columns // 3], k)
+
+
+ARGUMENTS = {
+    "logits": [torch.zeros(2, 50, dtype=torch.float16), torch.zeros(2, 50, 1), torch.zeros(50, 2).T, None],
+    "lengths": [torch.zeros(3, dtype=torch.int32), torch.zeros(2), torch.zeros(4, dtype=torch.int32)[::2], None],
+    "k": [0, 2049, True, 3.0],
+    "starts": [torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)],
+    "block_table": [torch.zeros(3, 9, dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32).T],
+    "page": [0, -1, 64],
+    "offset": [torch.zeros(2, 1, dtype=torch.int32)],
+    "out": [torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 5), torch.zeros(1, 5, dtype=torch.int32).expand(2, 5)],
+    "positions": [torch.zeros(2, 5)],
+    "scores": [torch.zeros(2, 5, dtype=torch.int32)],
+    "workspace": [torch.zeros(2), torch.zeros(2, 8, dtype=torch.uint8)],
+}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_refused_argument_is_named(argument: str) -> None:
+    good = {"logits": torch.zeros(2, 50), "lengths": torch.zeros(2, dtype=torch.int32), "k": 5}
+    for value in ARGUMENTS[argument]:
+        with pytest.raises(sm120.ArgumentError, match=f"^{argument}: expected"):
+            sm120.topk(**{**good, argument: value})
+
+
+def test_a_workspace_that_is_too_small_is_refused() -> None:
+    size = sm120.topk_workspace_bytes(1, 20000, 512, device="cpu")
+    with pytest.raises(sm120.ArgumentError, match=f"workspace: expected at least {size} bytes"):
+        workspace = torch.zeros(size - 1, dtype=torch.uint8)
+        sm120.topk(torch.zeros(1, 20000), torch.zeros(1, dtype=torch.int32), 512, workspace=workspace)
