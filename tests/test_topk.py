@@ -1,4 +1,4 @@
-"""The k largest of each row: exactly those that a stable sort gives, whatever the values are and whichever path they take."""
+"""The k largest of each row: exactly those that a stable sort gives, whatever the values and whichever the path."""
 
 from collections.abc import Callable
 

@@ -49,10 +49,10 @@ def topk(
     offset       int32 [rows], added to the results of each row
     out          int32 [rows, k] of any row stride, written and returned
     positions    int32 [rows, k], written: the plain positions, in the same order
-    scores       float32 [rows, k], written: their logits (-0 as 0), -inf past the end; without it the logits of a row of
-                 at most k keys are not read
-    workspace    uint8, contiguous, of at least `topk_workspace_bytes(...)` bytes, aligned to 8; its content does not matter.
-                 Calls that may run at the same time need one each. Without it one is allocated
+    scores       float32 [rows, k], written: their logits (-0 as 0), -inf past the end; without it the logits of a row
+                 of at most k keys are not read
+    workspace    uint8, contiguous, of at least `topk_workspace_bytes(...)` bytes, aligned to 8; its content does not
+                 matter. Calls that may run at the same time need one each. Without it one is allocated
 
     Returns int32 [rows, k]; past the length of a row it is -1. Graph-safe; nothing is synchronised.
     """
@@ -104,8 +104,8 @@ def topk_workspace_bytes(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> int:
-    """Bytes that `topk` needs for logits [rows, columns] of `dtype` on `device` (the current one): 0 where one block takes
-    a whole row. The number of SMs to use is part of it."""
+    """Bytes that `topk` needs for logits [rows, columns] of `dtype` on `device` (the current one): 0 where one block
+    takes a whole row. The number of SMs to use is part of it."""
     checks.integer("rows", rows)
     checks.integer("columns", columns)
     checks.integer("k", k, 1, LARGEST_K)

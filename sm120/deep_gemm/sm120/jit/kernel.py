@@ -14,8 +14,8 @@ class Kernel:
     threads     of a block
     parameters  the struct's mirror; the kernel's source asserts the same size
     blocks      that an SM should hold at once: the compiler spends no more registers than that leaves
-    follows     starts right behind another kernel of ours and waits for it itself (griddepcontrol): its blocks are set up
-                while that one runs, whatever `set_pdl` says
+    follows     starts right behind another kernel of ours and waits for it itself (griddepcontrol): its blocks are set
+                up while that one runs, whatever `set_pdl` says
     """
 
     name: str
