@@ -240,7 +240,7 @@ def test_the_cost_follows_the_lengths() -> None:
         return sum(sum(launch.instructions.values()) for launch in launches)
 
     short, narrow, long = work(250_000, 4000), work(4000, 4000), work(250_000, 250_000)
-    assert short - narrow < 0.05 * long
+    assert short - narrow < 0.1 * long
 
 
 def test_more_than_2_to_the_31_logits(device: str) -> None:

@@ -4,9 +4,11 @@
 //     out[row, i] = position, -1 past the end; or as pages: table[row, position / page] * page + position % page; + offset[row]
 //
 // A value becomes a key, an uint32 of the same order (0: nothing); a key and ~position together are in order without ties.
-// The least of the k largest is found digit by digit, 11 bits at a time, with a histogram in shared memory each: first the
-// key's digits, then, where equal keys are left to choose among, those of ~position. In fp32 two digits usually do. Nothing
-// is sampled and no buffer can overflow: what does not fit is narrowed first, whatever the values are.
+// The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: 32 to each power of two
+// from 2^-14 to 2^18, of both signs; the outermost take all that is smaller and larger. As a rule the bin in which the k-th
+// falls holds a few keys, which are ranked by comparing them with each other. Many are narrowed down by further histograms,
+// 11 bits at a time: of the keys within the bin, then, where equal keys are left to choose among, of ~position. Nothing is
+// sampled and no buffer can overflow: what does not fit is narrowed first, whatever the values are.
 //
 // Grid    x: rows; y: parts of a row, as many as fill the chip. A row of few keys uses fewer of them, so that the cost
 //         follows the lengths, not the width. Parts take turns, 32 vectors at a time: hot stretches are shared out.
@@ -29,9 +31,9 @@ struct TopkParams {
     Windows windows;         // limit: columns
     int ends_are_lengths;    // windows.ends count from the start
     int k;
-    int share;               // keys that a part takes at least, where a row has several
     int front;               // entries of a part's front
     int page;                // keys of a page; 1 without a table
+    int page_shift;          // its logarithm, or -1
     const int* table;        // [rows][table_stride] pages, or null
     const int* offset;       // [rows] what is added, or null
     int* out;                // [rows][out_stride]
@@ -48,15 +50,35 @@ static_assert(sizeof(TopkParams) == PARAMS_BYTES, "the launcher packs a differen
 
 constexpr uint32 kAllLanes = 0xffffffff;
 constexpr int kDigit = 11, kBins = 1 << kDigit;
-constexpr uint32 kNothing = 0, kNan = 1;
+constexpr int kMostK = kBins;
+constexpr uint32 kNothing = 0, kNan = 1, kZero = 0x80000000;    // keys
 
 __device__ inline uint32 key_of(float x) {
     const uint32 bits = __float_as_uint(x + 0.0f);    // -0 + 0 is +0
-    return x == x ? bits ^ (uint32(int(bits) >> 31) | 0x80000000) : kNan;
+    return x == x ? bits ^ (uint32(int(bits) >> 31) | kZero) : kNan;
 }
 
 __device__ inline float value_of(uint32 key) {
-    return __uint_as_float(key & 0x80000000 ? key ^ 0x80000000 : ~key);
+    return __uint_as_float(key & kZero ? key ^ kZero : ~key);
+}
+
+// Bins, the largest keys first. Within a sign: steps of 2^-5 of a power of two from 2^-14 on.
+constexpr int kBinShift = 18, kSideBins = kBins / 2;
+constexpr uint32 kLeast = 113 << 23;
+
+__device__ inline int bin_of(uint32 key) {
+    const int sign = int(key) >> 31;                  // -1: at or above zero
+    const int magnitude = key ^ 0x7fffffff ^ sign;    // of the value, as bits
+    const int step = min(max(magnitude - int(kLeast), 0), (kSideBins << kBinShift) - 1) >> kBinShift;
+    return step ^ kSideBins ^ (sign & (kBins - 1));
+}
+
+// The least key that is in bin `bin` or before it.
+__device__ inline uint32 edge_of(int bin) {
+    const int step = bin < kSideBins ? kSideBins - 1 - bin : bin - kSideBins + 1;
+    const uint32 magnitude = kLeast + (uint32(step) << kBinShift);
+    if (bin < kSideBins) return step == 0 ? kZero : kZero + magnitude;
+    return step == kSideBins ? kNan : kZero - magnitude;
 }
 
 // All that is at or above it is chosen.
@@ -68,24 +90,27 @@ struct Bound {
     }
 };
 
-template <int kThreads, int kCapacity>
-struct Shared {
-    uint4 histograms[2][kBins / 4];                   // one is counted in, the other is cleared meanwhile
-    uint32 totals[2][kThreads / 32], counts[2][kThreads / 32];
-    uint2 list[kCapacity];                            // {key, position}
-};
-
 // A block's choice among keys that come piece by piece. `kFresh`: keys of a piece in a lane. `kOrdered`: positions in later
 // pieces are larger, so that later keys must be larger than the gate.
 template <int kThreads, int kFresh, int kCapacity, bool kOrdered>
 struct Choice {
-    static constexpr int kWarps = kThreads / 32, kListed = kCapacity / kThreads;
-    static constexpr int kLaneBins = kBins / kThreads, kWarpBins = 32 * kLaneBins;
-    static_assert(kCapacity % kThreads == 0 && kWarps <= 32 && kLaneBins >= 1);
+    static constexpr int kWarps = kThreads / 32, kThreadBins = kBins / kThreads;
+    static constexpr int kTies = kThreads > 512 ? kThreads / 8 : 64;   // as many are ranked by comparing
+    static_assert(kThreads % 32 == 0 && kWarps <= 32 && kBins % kThreads == 0);
 
-    using Memory = Shared<kThreads, kCapacity>;
+    struct Match { int bin, above, inside; };         // the first bin by which there are as many as wanted
+
+    struct Memory {
+        uint4 histograms[2][kBins / 4];               // one is counted in, the other is cleared meanwhile
+        uint2 list[kCapacity];                        // {key, position}
+        uint2 ties[kTies];                            // {key, ~position}
+        uint32 counts[2][kWarps], totals[kWarps];
+        Match match[2];
+        Bound bound;
+        int tied;
+    };
+
     using Keys = uint32[kFresh];
-    using List = uint2[kListed];
 
     Memory& memory;
     const int k, position_bits;
@@ -94,151 +119,181 @@ struct Choice {
     uint32 gate = kNan;
     int turn = 0, count_turn = 0;
 
-    __device__ Choice(Memory& memory, int k, int length)
-        : memory(memory), k(k), position_bits(32 - __clz(length)) {}
+    __device__ Choice(Memory& memory, int k, int length) : memory(memory), k(k), position_bits(32 - __clz(length)) {}
 
     __device__ void clear_histogram(int which) {
+        #pragma unroll
         for (int i = thread; i < kBins / 4; i += kThreads) memory.histograms[which][i] = {0, 0, 0, 0};
     }
 
     // To be followed by a barrier before the first piece.
-    __device__ void start() { clear_histogram(0), clear_histogram(1); }
+    __device__ void start() {
+        clear_histogram(0);
+        if (thread == 0) memory.tied = 0, memory.match[1].bin = kBins;
+    }
 
+    // All lanes of a warp visit as many. `visit(key, position)`
     template <class Position, class Visit>
-    __device__ void each(const Keys& keys, Position position, const List& list, Visit visit) {
+    __device__ void each(const Keys& keys, Position position, Visit visit) const {
         #pragma unroll
         for (int i = 0; i < kFresh; ++i) visit(keys[i], position(i));
-        if (listed > 0) {
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            const int i = first + thread;
+            const uint2 entry = i < listed ? memory.list[i] : uint2{kNothing, 0};
+            visit(entry.x, entry.y);
+        }
+    }
+
+    // ---- the bound ----
+
+    __device__ void count(uint32 bin) {
+        atomicAdd(reinterpret_cast<uint32*>(memory.histograms[turn]) + bin, 1);
+    }
+
+    __device__ void seek(Match& match, int want, int before, int sum, const uint32 (&bins)[kThreadBins]) const {
+        if (before < want && before + sum >= want) {
+            int bin = 0;
             #pragma unroll
-            for (int i = 0; i < kListed; ++i) visit(list[i].x, list[i].y);
+            for (int i = 0; i + 1 < kThreadBins; ++i) {
+                if (bin == i && before + int(bins[i]) < want) before += bins[i], bin = i + 1;
+            }
+            int inside = bins[0];
+            #pragma unroll
+            for (int i = 1; i < kThreadBins; ++i) inside = bin == i ? bins[i] : inside;
+            match = {thread * kThreadBins + bin, before, inside};
         }
+        if (thread == kThreads - 1 && before + sum < want) match = {kBins, before + sum, 0};
     }
 
-    // The highest bin such that it and those above hold at least `want`.
-    struct Crossing { int bin, above, inside, total; };
-
-    __device__ Crossing cross(int which, int want) const {
-        uint32 sum = lane < kWarps ? memory.totals[which][lane] : 0;
-        #pragma unroll
-        for (int distance = 1; distance < kWarps; distance *= 2) {
-            const uint32 above = __shfl_down_sync(kAllLanes, sum, distance);
-            if (lane + distance < 32) sum += above;
-        }
-        Crossing found;
-        found.total = __shfl_sync(kAllLanes, sum, 0);
-        const int from = 31 - __clz(__ballot_sync(kAllLanes, sum >= want) | 1);
-        found.above = __shfl_sync(kAllLanes, sum, (from + 1) % 32);
-        if (from == 31) found.above = 0;
-
-        const uint32* bins = reinterpret_cast<const uint32*>(memory.histograms[which]) + from * kWarpBins + lane * kLaneBins;
-        uint32 count[kLaneBins], inside = 0;
-        #pragma unroll
-        for (int i = 0; i < kLaneBins; ++i) inside += count[i] = bins[i];
-        sum = inside;
-        #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const uint32 above = __shfl_down_sync(kAllLanes, sum, distance);
-            if (lane + distance < 32) sum += above;
-        }
-        const int of = 31 - __clz(__ballot_sync(kAllLanes, found.above + sum >= want) | 1);
-        int above = found.above + sum - inside, bin = kLaneBins - 1;
-        #pragma unroll
-        for (int i = kLaneBins - 1; i > 0; --i) {
-            if (bin == i && above + count[i] < want) above += count[i], bin = i - 1;
-        }
-        uint32 here = count[0];
-        #pragma unroll
-        for (int i = 1; i < kLaneBins; ++i) here = bin == i ? count[i] : here;
-        found.bin = from * kWarpBins + of * kLaneBins + __shfl_sync(kAllLanes, bin, of);
-        found.above = __shfl_sync(kAllLanes, above, of);
-        found.inside = __shfl_sync(kAllLanes, here, of);
-        return found;
-    }
-
-    // After all lanes have counted: sums up the histogram's share of each warp, and clears the other one.
-    __device__ int count_up() {
-        const int which = turn;
+    // After all lanes have counted. Also the match of `other` into memory.match[1], if it is more than 0.
+    __device__ Match find(int want, int other) {
+        const uint32* histogram = reinterpret_cast<const uint32*>(memory.histograms[turn]) + thread * kThreadBins;
         turn ^= 1;
         __syncthreads();
-        const uint32* bins = reinterpret_cast<const uint32*>(memory.histograms[which]) + thread * kLaneBins;
-        uint32 sum = 0;
+        uint32 bins[kThreadBins], sum = 0;
         #pragma unroll
-        for (int i = 0; i < kLaneBins; ++i) sum += bins[i];
-        sum = __reduce_add_sync(kAllLanes, sum);
-        if (lane == 0) memory.totals[which][warp] = sum;
+        for (int i = 0; i < kThreadBins; ++i) sum += bins[i] = histogram[i];
+        uint32 until = sum;
+        #pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const uint32 below = __shfl_up_sync(kAllLanes, until, distance);
+            if (lane >= distance) until += below;
+        }
+        if (lane == 31) memory.totals[warp] = until;
         clear_histogram(turn);
         __syncthreads();
-        return which;
+        const int before = until - sum + __reduce_add_sync(kAllLanes, lane < warp ? memory.totals[lane] : 0);
+        seek(memory.match[0], want, before, sum, bins);
+        if (other > 0) seek(memory.match[1], other, before, sum, bins);
+        __syncthreads();
+        return memory.match[0];
     }
 
-    __device__ void count(uint32 digit) {
-        atomicAdd(reinterpret_cast<uint32*>(memory.histograms[turn]) + digit, 1);
-    }
-
-    // Finds a bound that k keys or more reach, but at most `room`; all do where there are no more than k. `front`: also the
-    // least key such that at most so many reach it and larger ones.
-    template <class Position>
-    __device__ Bound narrow(const Keys& keys, Position position, const List& list, int room, int front, uint32& front_key) {
-        int want = k;
-        uint32 prefix = 0, known = 0;
+    // Digit by digit: the prefix of the words of those that `belong`, `bits` long, such that `want` or more, at most `room`,
+    // are at or above it. `want` and `room` are left with what is to be had of those equal to it: want 0 where all are.
+    template <class Position, class Belongs, class Word>
+    __device__ uint32 descend(const Keys& keys, Position position, int bits, int& want, int& room, Belongs belongs, Word word) {
+        uint32 prefix = 0;
         #pragma unroll 1
-        for (int shift = 32 - kDigit;; shift = max(shift - kDigit, 0)) {
-            each(keys, position, list, [&](uint32 key, uint32) {
-                if (key != kNothing && ((key ^ prefix) & known) == 0) count((key & ~known) >> shift);
-            });
-            const int which = count_up();
-            const Crossing found = cross(which, want);
-            if (known == 0 && front > 0) {
-                front_key = found.total <= front ? kNan : uint32(cross(which, front + 1).bin + 1) << shift;
-            }
-            if (found.total <= want) return {kNan, 0};
-            prefix |= uint32(found.bin) << shift, known = kAllLanes << shift;
-            want -= found.above, room -= found.above;
-            if (found.inside <= room) return {max(prefix, kNan), 0};
-            if (shift == 0) break;
-        }
-        uint32 tie = kAllLanes << position_bits;
-        #pragma unroll 1
-        for (int bits = position_bits;;) {
+        do {
             const int shift = max(bits - kDigit, 0);
-            each(keys, position, list, [&](uint32 key, uint32 position) {
-                if (key == prefix && ((~position ^ tie) & (kAllLanes << bits)) == 0) count((~position ^ tie) >> shift);
+            const uint32 known = bits < 32 ? kAllLanes << bits : 0;
+            each(keys, position, [&](uint32 key, uint32 position) {
+                const uint32 rest = word(key, position) ^ prefix;
+                if (belongs(key) && (rest & known) == 0) count(kBins - 1 - (rest >> shift));
             });
-            const Crossing found = cross(count_up(), want);
-            tie |= uint32(found.bin) << shift, bits = shift;
-            want -= found.above, room -= found.above;
-            if (found.inside <= room) return {prefix, tie};
-        }
+            const Match match = find(want, 0);
+            prefix |= uint32(kBins - 1 - match.bin) << shift;
+            want -= match.above, room -= match.above;
+            if (match.inside <= room) want = 0;
+            bits = shift;
+        } while (want > 0 && bits > 0);
+        return prefix;
     }
 
-    // `put(place, key, position)` for each key that is chosen, places from 0; returns how many there are.
-    template <class Position, class Chosen, class Put>
-    __device__ int place(const Keys& keys, Position position, const List& list, Chosen chosen, Put put) {
-        int mine = 0;
-        each(keys, position, list, [&](uint32 key, uint32 position) {
-            mine += __popc(__ballot_sync(kAllLanes, chosen(key, position)));
+    // The bound that `want` of the keys from `low` up to, not including, `high` reach.
+    template <class Position>
+    __device__ Bound rank(const Keys& keys, Position position, int want, int inside, uint32 low, uint32 high) {
+        each(keys, position, [&](uint32 key, uint32 position) {
+            if (key >= low && key < high) memory.ties[atomicAdd(&memory.tied, 1)] = {key, ~position};
         });
+        __syncthreads();
+        #pragma unroll 1
+        for (int i = warp; i < inside; i += kWarps) {
+            const uint2 tie = memory.ties[i];
+            int above = 0;
+            #pragma unroll 1
+            for (int first = 0; first < inside; first += 32) {
+                const uint2 other = first + lane < inside ? memory.ties[first + lane] : uint2{kNothing, 0};
+                above += __popc(__ballot_sync(kAllLanes, other.x > tie.x || (other.x == tie.x && other.y > tie.y)));
+            }
+            if (above == want - 1 && lane == 0) memory.bound = {tie.x, tie.y};
+        }
+        if (thread == 0) memory.tied = 0;
+        __syncthreads();
+        return memory.bound;
+    }
+
+    // Finds a bound that k keys or more reach, but at most `room`; all do where there are no more than k. `front`, if it is
+    // more than 0: also the least key such that it and larger ones are at most so many.
+    template <class Position>
+    __device__ Bound narrow(const Keys& keys, Position position, int room, int front, uint32& front_key) {
+        each(keys, position, [&](uint32 key, uint32) {
+            if (key != kNothing) count(bin_of(key));
+        });
+        const Match match = find(k, front > 0 ? front + 1 : 0);
+        if (front > 0) {
+            const int past = memory.match[1].bin;
+            front_key = past == kBins ? kNan : past == 0 ? kAllLanes : edge_of(past - 1);
+        }
+        if (match.bin == kBins) return {kNan, 0};
+        const uint32 low = edge_of(match.bin), high = match.bin == 0 ? kAllLanes : edge_of(match.bin - 1);
+        int want = k - match.above;
+        room -= match.above;
+        if (match.inside <= room) return {low, 0};
+        if (__builtin_expect(match.inside <= kTies, 1)) return rank(keys, position, want, match.inside, low, high);
+
+        const uint32 key = low + descend(keys, position, 32 - __clz(high - low - 1), want, room,
+                                         [&](uint32 key) { return key >= low && key < high; },
+                                         [&](uint32 key, uint32) { return key - low; });
+        if (want == 0) return {key, 0};
+        const uint32 unused = kAllLanes << position_bits;         // bits that no position has
+        return {key, unused | descend(keys, position, position_bits, want, room,
+                                      [&](uint32 other) { return other == key; },
+                                      [&](uint32, uint32 position) { return ~position ^ unused; })};
+    }
+
+    // ---- what becomes of those that reach it ----
+
+    // Of the warps' counts the sum, and the sum before this one. A barrier.
+    struct Places { int first, total; };
+
+    __device__ Places share_out(int mine) {
         uint32* counts = memory.counts[count_turn];
         count_turn ^= 1;
         if (lane == 0) counts[warp] = mine;
         __syncthreads();
         const int count = lane < kWarps ? counts[lane] : 0;
-        int first = __reduce_add_sync(kAllLanes, lane < warp ? count : 0);
-        each(keys, position, list, [&](uint32 key, uint32 position) {
+        return {int(__reduce_add_sync(kAllLanes, lane < warp ? count : 0)), int(__reduce_add_sync(kAllLanes, count))};
+    }
+
+    // `put(place, key, position)` for each one that is `chosen`, places from 0; returns how many there are.
+    template <class Position, class Chosen, class Put>
+    __device__ int place(const Keys& keys, Position position, Chosen chosen, Put put) {
+        int mine = 0;
+        each(keys, position, [&](uint32 key, uint32 position) {
+            mine += __popc(__ballot_sync(kAllLanes, chosen(key, position)));
+        });
+        const Places places = share_out(mine);
+        int first = places.first;
+        each(keys, position, [&](uint32 key, uint32 position) {
             const bool mine = chosen(key, position);
             const uint32 all = __ballot_sync(kAllLanes, mine);
             if (mine) put(first + __popc(all & ((1u << lane) - 1)), key, position);
             first += __popc(all);
         });
-        return __reduce_add_sync(kAllLanes, count);
-    }
-
-    __device__ void load(List& list) const {
-        #pragma unroll
-        for (int i = 0; i < kListed; ++i) {
-            const int at = i * kThreads + thread;
-            list[i] = at < listed ? memory.list[at] : uint2{kNothing, 0};
-        }
+        return places.total;
     }
 
     __device__ void pass_gate(Keys& keys) const {
@@ -246,64 +301,77 @@ struct Choice {
         for (int i = 0; i < kFresh; ++i) keys[i] = keys[i] >= gate ? keys[i] : kNothing;
     }
 
-    // Keys at hand and, if `listed`, those of the list: chosen by `bound`, they are the list.
     template <class Position>
-    __device__ void keep(const Keys& keys, Position position, const List& list, Bound bound) {
-        listed = place(keys, position, list,
-                       [&](uint32 key, uint32 position) { return bound.reached(key, position); },
-                       [&](int at, uint32 key, uint32 position) { memory.list[at] = {key, position}; });
+    __device__ void append(const Keys& keys, Position position, Places places) {
+        int first = listed + places.first;
+        #pragma unroll
+        for (int i = 0; i < kFresh; ++i) {
+            const uint32 all = __ballot_sync(kAllLanes, keys[i] != kNothing);
+            if (keys[i] != kNothing) memory.list[first + __popc(all & ((1u << lane) - 1))] = {keys[i], position(i)};
+            first += __popc(all);
+        }
+        listed += places.total;
+    }
+
+    __device__ int count_in_warp(const Keys& keys) const {
+        int mine = 0;
+        #pragma unroll
+        for (int i = 0; i < kFresh; ++i) mine += __popc(__ballot_sync(kAllLanes, keys[i] != kNothing));
+        return mine;
+    }
+
+    // Those of the list and of the fresh keys that reach the bound are the list.
+    template <class Position>
+    __device__ void keep(Keys& keys, Position position, Bound bound) {
+        int kept = 0;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {   // places never lie past those that have been read
+            const int i = first + thread;
+            const uint2 entry = i < listed ? memory.list[i] : uint2{kNothing, 0};
+            const bool mine = bound.reached(entry.x, entry.y);
+            const uint32 all = __ballot_sync(kAllLanes, mine);
+            const Places places = share_out(__popc(all));
+            if (mine) memory.list[kept + places.first + __popc(all & ((1u << lane) - 1))] = entry;
+            kept += places.total;
+        }
+        #pragma unroll
+        for (int i = 0; i < kFresh; ++i) keys[i] = bound.reached(keys[i], position(i)) ? keys[i] : kNothing;
+        const Places places = share_out(count_in_warp(keys));
+        listed = kept;
+        append(keys, position, places);
         gate = bound.key + kOrdered;
     }
 
-    // A piece that is not the last one.
+    // Takes a piece. The last one, or one for which the list has no room, is narrowed with the list: then the bound is
+    // told, and of one that is not the last `keep` must follow.
     template <class Position>
-    __device__ void add(Keys& keys, Position position) {
+    __device__ bool add(Keys& keys, Position position, bool last, int room, int front, Bound& bound, uint32& front_key) {
         pass_gate(keys);
-        int passing = 0;
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) passing += keys[i] != kNothing;
-        const int before = listed;
-        List list;
-        // Only the fresh ones are placed: the list is left out of it for a while.
-        listed = 0;
-        const int mine = __reduce_add_sync(kAllLanes, passing);
-        uint32* counts = memory.counts[count_turn];
-        count_turn ^= 1;
-        if (lane == 0) counts[warp] = mine;
-        __syncthreads();
-        const int count = lane < kWarps ? counts[lane] : 0;
-        const int total = __reduce_add_sync(kAllLanes, count);
-        if (before + total <= kCapacity) {
-            int first = before + __reduce_add_sync(kAllLanes, lane < warp ? count : 0);
-            #pragma unroll
-            for (int i = 0; i < kFresh; ++i) {
-                const uint32 all = __ballot_sync(kAllLanes, keys[i] != kNothing);
-                if (keys[i] != kNothing) memory.list[first + __popc(all & ((1u << lane) - 1))] = {keys[i], position(i)};
-                first += __popc(all);
-            }
-            listed = before + total;
-        } else {
-            listed = before;
-            uint32 unused;
-            load(list);
-            keep(keys, position, list, narrow(keys, position, list, (k + kCapacity) / 2, 0, unused));
+        const Places places = last ? Places{0, kCapacity} : share_out(count_in_warp(keys));
+        if (listed + places.total <= kCapacity && !last) {
+            append(keys, position, places);
+            return false;
         }
+        if (last && listed > 0) __syncthreads();       // what was put there is seen
+        bound = narrow(keys, position, last ? room : (k + kCapacity) / 2, last ? front : 0, front_key);
+        return true;
     }
 
-    // The last piece: `use(keys, position, list, bound)`, chosen among it and the list.
-    template <class Position, class Use>
-    __device__ void finish(Keys& keys, Position position, int room, int front, Use use) {
-        pass_gate(keys);
-        List list;
-        if (listed > 0) __syncthreads();               // what was put there is seen
-        load(list);
-        uint32 front_key = 0;
-        const Bound bound = narrow(keys, position, list, room, front, front_key);
-        use(list, bound, front_key);
+    // The k largest, by `put(place, key, position)`, all lanes at once. Nothing can be chosen after it.
+    template <class Position, class Put>
+    __device__ void emit(const Keys& keys, Position position, Bound bound, Put put) {
+        uint2* chosen = reinterpret_cast<uint2*>(memory.histograms);
+        static_assert(sizeof(memory.histograms) >= kMostK * sizeof(uint2));
+        place(keys, position, [&](uint32 key, uint32 position) { return bound.reached(key, position); },
+              [&](int at, uint32 key, uint32 position) { chosen[at] = {key, position}; });
+        __syncthreads();
+        #pragma unroll 1
+        for (int i = thread; i < k; i += kThreads) put(i, chosen[i].x, chosen[i].y);
     }
 };
 
 // Where a row lies, and what becomes of its choice.
+template <int kShare>
 struct Row {
     const TopkParams& p;
     int row, begin, length;
@@ -314,13 +382,28 @@ struct Row {
         length = p.ends_are_lengths ? min(window.end, p.windows.limit - begin) : window.end - begin;
     }
 
-    __device__ int parts() const { return min(p.parts, (length + p.share - 1) / p.share); }
+    // A part has `kShare` keys at least, where there are several.
+    __device__ int parts() const { return max(1, min(p.parts, (length + kShare - 1) / kShare)); }
+
+    __device__ int page_of(uint32 position) const {
+        return p.page_shift >= 0 ? position >> p.page_shift : position / uint32(p.page);
+    }
+
+    // The row's pages are on their way to L1 while there is nothing else to do.
+    __device__ void fetch_pages() const {
+        constexpr int kLine = 32;
+        if (!p.table) return;
+        const int last = page_of(length - 1);
+        for (int i = threadIdx.x * kLine; i <= last; i += blockDim.x * kLine) {
+            ptx::load_word(p.table + row * p.table_stride + i);
+        }
+    }
 
     __device__ void put(int at, uint32 key, uint32 position) const {
         const bool any = key != kNothing;
         int place = position;
         if (any && p.table) {
-            const int page = position / uint32(p.page);
+            const int page = page_of(position);
             place = int(ptx::load_word(p.table + row * p.table_stride + page)) * p.page + (place - page * p.page);
         }
         if (any && p.offset) place += int(ptx::load_word(p.offset + row));
@@ -361,18 +444,17 @@ struct Vector {
 };
 
 // Grid: x rows, y parts.
-template <class Logit, int kThreads, int kVectors, int kCapacity>
+template <class Logit, int kThreads, int kVectors, int kCapacity, int kShare>
 __device__ inline void choose(const TopkParams& p) {
     using Vec = Vector<Logit>;
     constexpr int kPerVector = Vec::kKeys, kFresh = kVectors * kPerVector, kWarps = kThreads / 32;
     using Chosen = Choice<kThreads, kFresh, kCapacity, true>;
-    using List = typename Chosen::List;
     __shared__ typename Chosen::Memory memory;
 
     ptx::griddepcontrol();
-    const Row row(p);
+    const Row<kShare> row(p);
     const int parts = row.parts(), part = blockIdx.y;
-    if (part >= max(parts, 1)) return;
+    if (part >= parts) return;
     if (row.length <= p.k) {
         for (int i = threadIdx.x; i < p.k; i += kThreads) {
             const bool any = i < row.length;
@@ -391,7 +473,6 @@ __device__ inline void choose(const TopkParams& p) {
     const int skew = reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(Logit);  // keys before the row's first one
     begin -= skew * sizeof(Logit);
     const int chunks = (skew + row.length + (32 * kPerVector - 1)) / (32 * kPerVector);
-    const int pieces = max(1, ((chunks - part + parts - 1) / parts + kWarps * kVectors - 1) / (kWarps * kVectors));
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     Vec vectors[kVectors];
@@ -406,6 +487,7 @@ __device__ inline void choose(const TopkParams& p) {
     load(0);
     Chosen choice(memory, p.k, row.length);
     choice.start();
+    if (parts == 1) row.fetch_pages();
     __syncthreads();
     #pragma unroll 1
     for (int piece = 0;; ++piece) {
@@ -418,50 +500,51 @@ __device__ inline void choose(const TopkParams& p) {
             const uint32 key = key_of(vectors[i / kPerVector].value(i % kPerVector));
             keys[i] = position(i) < uint32(row.length) ? key : kNothing;
         }
-        if (piece + 1 < pieces) {
-            load(piece + 1);
-            choice.add(keys, position);
+        const bool last = (piece + 1) * kVectors * kWarps * parts + part >= chunks;
+        if (!last) load(piece + 1);
+        Bound bound;
+        uint32 front_key = 0;
+        if (!choice.add(keys, position, last, parts == 1 ? p.k : kCapacity, parts == 1 ? 0 : p.front, bound, front_key)) continue;
+        if (!last) {
+            choice.keep(keys, position, bound);
             continue;
         }
         if (parts == 1) {
-            choice.finish(keys, position, p.k, 0, [&](const List& list, Bound bound, uint32) {
-                choice.place(keys, position, list,
-                             [&](uint32 key, uint32 position) { return bound.reached(key, position); },
-                             [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
-            });
-        } else {
-            choice.finish(keys, position, kCapacity, p.front, [&](const List& list, Bound bound, uint32 front_key) {
-                const int64 region = int64(row.row) * p.parts + part;
-                uint2 *front = p.fronts + region * p.front, *rest = p.rests + region * kCapacity;
-                const int in_front = choice.place(keys, position, list,
-                    [&](uint32 key, uint32 position) { return key >= front_key && bound.reached(key, position); },
-                    [&](int at, uint32 key, uint32 position) { front[at] = {key, position}; });
-                for (int i = in_front + threadIdx.x; i < p.front; i += kThreads) front[i] = {kNothing, 0};
-                const int in_rest = choice.place(keys, position, list,
-                    [&](uint32 key, uint32 position) { return key < front_key && bound.reached(key, position); },
-                    [&](int at, uint32 key, uint32 position) { rest[at] = {key, position}; });
-                if (threadIdx.x == 0) p.heads[region] = {uint32(in_rest), front_key};
-            });
+            choice.emit(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
+            return;
         }
+        const int64 region = int64(row.row) * p.parts + part;
+        uint2 *front = p.fronts + region * p.front, *rest = p.rests + region * kCapacity;
+        const int in_front = choice.place(keys, position,
+            [&](uint32 key, uint32 position) { return key >= front_key && bound.reached(key, position); },
+            [&](int at, uint32 key, uint32 position) { front[at] = {key, position}; });
+        for (int i = in_front + threadIdx.x; i < p.front; i += kThreads) front[i] = {kNothing, 0};
+        const int in_rest = choice.place(keys, position,
+            [&](uint32 key, uint32 position) { return key < front_key && bound.reached(key, position); },
+            [&](int at, uint32 key, uint32 position) { rest[at] = {key, position}; });
+        if (threadIdx.x == 0) p.heads[region] = {uint32(in_rest), front_key};
         return;
     }
 }
 
 // Grid: x rows. `kFronts`: entries of all fronts of a row.
-template <int kThreads, int kFronts, int kCapacity>
+template <int kThreads, int kFronts, int kCapacity, int kShare>
 __device__ inline void merge(const TopkParams& p) {
     constexpr int kFresh = kFronts / kThreads;
     using Chosen = Choice<kThreads, kFresh, kCapacity, false>;
-    using List = typename Chosen::List;
     __shared__ typename Chosen::Memory memory;
     const int thread = threadIdx.x;
 
-    const Row row(p);        // the lengths are older than the kernel before this one, which has waited for them
+    const Row<kShare> row(p);  // the lengths are older than the kernel before this one, which has waited for them
     const int parts = row.parts();
+    if (row.length <= p.k || parts == 1) {
+        ptx::griddepcontrol();
+        return;
+    }
     Chosen choice(memory, p.k, row.length);
     choice.start();
+    row.fetch_pages();
     ptx::griddepcontrol();
-    if (row.length <= p.k || parts == 1) return;
 
     const int64 first = int64(row.row) * p.parts;
     uint32 keys[kFresh], positions[kFresh];
@@ -475,34 +558,29 @@ __device__ inline void merge(const TopkParams& p) {
             keys[i] = entry[0], positions[i] = entry[1];
         }
     };
-    uint32 head[2] = {0, 0};
+    uint32 head[2] = {0, 0}, none;
     if (thread < parts) ptx::load<2>(head, p.heads + first + thread);
     load(p.fronts + first * p.front, parts * p.front);
     __syncthreads();
 
-    auto emit = [&](const List& list, Bound bound, uint32) {
-        choice.place(keys, position, list,
-                     [&](uint32 key, uint32 position) { return bound.reached(key, position); },
-                     [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
-    };
-    choice.finish(keys, position, p.k, 0, [&](const List& list, Bound bound, uint32) {
-        const bool more = head[0] > 0 && head[1] > bound.key;     // keys past this front may reach the bound
-        if (!__syncthreads_or(more)) {
-            emit(list, bound, 0);
-            return;
-        }
-        choice.keep(keys, position, list, bound);
+    Bound bound;
+    choice.add(keys, position, true, p.k, 0, bound, none);
+    if (__builtin_expect(__syncthreads_or(head[0] > 0 && head[1] > bound.key), 0)) {   // keys past a front may reach it
+        choice.keep(keys, position, bound);
         #pragma unroll 1
-        for (int part = 0; part < parts; ++part) {
-            uint32 head[2];
-            ptx::load<2>(head, p.heads + first + part);
-            if (head[0] == 0 || head[1] <= choice.gate) continue;
-            for (uint32 done = 0; done < head[0]; done += kFronts) {
-                load(p.rests + (first + part) * kCapacity + done, head[0] - done);
-                choice.add(keys, position);
-            }
+        for (int part = 0; part <= parts; ++part) {
+            head[0] = 0;
+            if (part < parts) ptx::load<2>(head, p.heads + first + part);
+            const bool last = part == parts;
+            if (!last && (head[0] == 0 || head[1] <= choice.gate)) continue;
+            uint32 done = 0;
+            #pragma unroll 1
+            do {
+                load(p.rests + (first + part) * kCapacity + done, int(head[0] - done));
+                if (choice.add(keys, position, last, p.k, 0, bound, none) && !last) choice.keep(keys, position, bound);
+                done += kFronts;
+            } while (done < head[0]);
         }
-        load(nullptr, 0);
-        choice.finish(keys, position, p.k, 0, emit);
-    });
+    }
+    choice.emit(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
 }

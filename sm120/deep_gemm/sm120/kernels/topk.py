@@ -10,7 +10,7 @@ import torch
 from ..jit import Kernel, launch
 from .windows import Windows
 
-_THREADS = 512
+_THREADS = 1024
 _MOST_PARTS = 64
 
 
@@ -23,9 +23,9 @@ class TopkParams(ctypes.Structure):
         ("windows", Windows),
         ("ends_are_lengths", ctypes.c_int32),
         ("k", ctypes.c_int32),
-        ("share", ctypes.c_int32),
         ("front", ctypes.c_int32),
         ("page", ctypes.c_int32),
+        ("page_shift", ctypes.c_int32),
         ("table", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -53,18 +53,18 @@ class Config:
     dtype: torch.dtype
     most: int
     threads: int = _THREADS
-    keys: int = 8  # of a piece in a lane
-    blocks: int = 2  # of an SM
+    vectors: int = 1  # of 16 bytes, of a piece in a lane
+    blocks: int = 1  # of an SM
 
     @cached_property
     def share(self) -> int:
         """Keys of a piece: with fewer a row has no second part."""
-        return self.threads * self.keys
+        return self.threads * self.vectors * 16 // self.dtype.itemsize
 
     @cached_property
     def capacity(self) -> int:
         """Keys that a block can keep between two pieces, and that a part can leave for the merge beside its front."""
-        return max(self.most + 1024 if self.most > 1024 else 2 * self.most, self.threads)
+        return self.most + min(self.most, 1024)
 
     @cached_property
     def fronts(self) -> int:
@@ -74,14 +74,13 @@ class Config:
     @cached_property
     def choose(self) -> Kernel:
         tag, logit = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}[self.dtype]
-        vectors = self.keys * self.dtype.itemsize // 16
-        body = f"    choose<{logit}, {self.threads}, {vectors}, {self.capacity}>(p);"
-        name = f"topk_{tag}_k{self.most}"
+        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {self.capacity}, {self.share}>(p);"
+        name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}"
         return Kernel(name, "topk.cuh", body, self.threads, TopkParams, self.blocks)
 
     @cached_property
     def merge(self) -> Kernel:
-        body = f"    merge<{_THREADS}, {self.fronts}, {self.capacity}>(p);"
+        body = f"    merge<{_THREADS}, {self.fronts}, {self.capacity}, {self.share}>(p);"
         return Kernel(f"topk_merge_k{self.most}", "topk.cuh", body, _THREADS, TopkParams, follows=True)
 
 
@@ -127,8 +126,7 @@ def topk(
     p.windows = windows
     p.ends_are_lengths = ends_are_lengths
     p.k = k
-    p.share = config.share
-    p.page = page
+    p.page, p.page_shift = page, -1 if page & (page - 1) else page.bit_length() - 1
     p.parts = parts
     outputs = {"out": out}
     p.out, p.out_stride = out.data_ptr(), out.stride()[0]
