@@ -282,6 +282,39 @@ def test_any_problem(data: st.DataObject, device: str) -> None:
     check(logits, lengths, k, starts, device=device)
 
 
+# --- candidates of a sparse indexer -----------------------------------------------------------------------------------
+
+INFINITE = 2**31 - 1
+
+
+@pytest.mark.parametrize("fill", ["normal", "all equal", "two values", "nearly all NaN", "one part has them all"])
+@pytest.mark.parametrize("blocks, width", [(900, 2048), (5000, 2048), (9001, 512), (70_000, 2048)])
+def test_candidate_blocks(blocks: int, width: int, fill: str, device: str) -> None:
+    """Lists that ascend, logical and as pages, out of rows of several lengths."""
+    block, page, rows = 8, 64, 3
+    lens = [blocks * block, blocks * block // 2 - 3, 5]
+    maxima = FILLS[fill](rows, blocks)
+    counts = [-(-length // block) for length in lens]
+    for row, count in enumerate(counts):
+        maxima[row, count - 1] = torch.inf
+    table = torch.stack([torch.randperm(blocks)[: -(-blocks * block // page)] for _ in range(rows)]).int()
+    out, pages = (poisoned(rows, width, torch.int32, device) for _ in range(2))
+    lengths = torch.tensor(lens, dtype=torch.int32, device=device).view(rows, 1)
+    given = sm120.candidate_blocks(
+        maxima.to(device), lengths, width, block=block, block_table=table.to(device), page=page, out=out, pages=pages
+    )
+    assert given is out
+    plain = sm120.candidate_blocks(maxima.to(device), lengths, width, block=block)
+    assert torch.equal(plain, out)
+    for row, expected in enumerate(reference.topk(maxima, counts, width)):
+        end = [INFINITE] * (width - len(expected))
+        assert out[row].tolist() == expected + end
+        assert counts[row] - 1 in expected
+        ids = torch.tensor(expected)
+        places = table[row, ids // 8].long() * 8 + ids % 8
+        assert pages[row].tolist() == places.tolist() + end
+
+
 # --- sanitizers, arguments --------------------------------------------------------------------------------------------
 
 

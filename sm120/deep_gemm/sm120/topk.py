@@ -1,4 +1,4 @@
-"""The indexer's second half: which keys each row attends to. Check, allocate, configure, launch.
+"""The indexer's second half: which keys each row attends to. Each function: check, allocate, configure, launch.
 
 The k largest of a row's logits: of equal ones those of smaller positions; -0 equals +0, and NaN ranks below everything.
 A row of at most k keys gives all of its positions. Exact whatever the values are: where many of them fall together it
@@ -14,7 +14,7 @@ import torch
 from . import checks
 from .checks import Open, refuse
 from .kernels import topk as kernels
-from .kernels.windows import Windows
+from .kernels.windows import NO_LIMIT, Windows
 from .settings import sms_to_use
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
@@ -89,10 +89,78 @@ def topk(
     starts_pointer = None if starts is None else starts.data_ptr()
     kernels.topk(
         config, parts,
-        logits=logits, windows=Windows(starts_pointer, lengths.data_ptr(), rows, 1, 1, columns), ends_are_lengths=True,
+        logits=logits, windows=Windows(starts_pointer, lengths.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
         bounds={"lengths": lengths, "starts": starts}, k=k, page=page, block_table=block_table, offset=offset,
         workspace=_workspace(workspace, kernels.workspace_bytes(config, rows, parts), device),
         out=out, positions=positions, scores=scores,
+    )  # fmt: skip
+    return out
+
+
+def candidate_blocks(
+    block_max: torch.Tensor,
+    context_lens: torch.Tensor,
+    width: int = LARGEST_K,
+    *,
+    block: int = 8,
+    block_table: torch.Tensor | None = None,
+    page: int = 64,
+    out: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The candidates of a sparse indexer: of each row the `width` blocks of keys whose largest logits are the largest.
+
+    block_max     fp32 [rows, columns], stride 1 in the last dimension: the maximum of each block's logits, as
+                  `block_max` of the logits functions has it: the newest block is +inf, so that it is a candidate
+    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row, in ceil(keys / block) blocks
+    width         of the lists, 1 to 2,048
+    block         keys of a block
+    block_table   int32 [rows, pages], stride 1 in the last dimension, and
+    page          keys of a page, a multiple of `block`: only for `pages`
+    out           int32 [rows, width] of any row stride, written and returned
+    pages         int32 [rows, width], written: block b as block_table[row, b // n] * n + b % n with n = page / block,
+                  which is its place in the cache, in blocks
+    workspace     as in `topk`, `topk_workspace_bytes(rows, columns, width)`
+
+    Returns int32 [rows, width]: ascending, 2^31 - 1 past the end, as the sparse logits functions take them. A row of at
+    most `width` blocks has all of them. Graph-safe; nothing is synchronised.
+    """
+    if not isinstance(block_max, torch.Tensor) or not (block_max.is_cpu or block_max.is_cuda):
+        refuse("block_max", block_max, "a tensor on the CPU or a CUDA device")
+    device = block_max.device
+    checks.tensor("block_max", block_max, (torch.float32,), (_ROWS, _COLUMNS), device)
+    rows, columns = block_max.shape
+    if columns > 1 and block_max.stride()[1] != 1:
+        refuse("block_max", block_max, "stride 1 in the last dimension")
+    if not isinstance(context_lens, torch.Tensor) or context_lens.numel() != rows:
+        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements")
+    checks.contiguous("context_lens", checks.tensor("context_lens", context_lens, _INT32, context_lens.shape, device))
+    checks.integer("width", width, 1, LARGEST_K)
+    checks.integer("block", block, 1, 2**16)
+    if checks.integer("page", page, 1) % block:
+        refuse("page", page, f"a multiple of {block}")
+    if (block_table is None) != (pages is None):
+        refuse("block_table", block_table, "to be given with pages, and only then")
+    out = _result("out", out, torch.int32, rows, width, device)
+    if pages is not None:
+        checks.tensor("block_table", block_table, _INT32, (rows, _PAGES), device)
+        if block_table.shape[1] > 1 and block_table.stride()[1] != 1:
+            refuse("block_table", block_table, "stride 1 in the last dimension")
+        _result("pages", pages, torch.int32, rows, width, device)
+    if rows == 0:
+        return out
+
+    config = kernels.configure(torch.float32, width, ascending=True)
+    parts = kernels.parts(config, rows, columns, sms_to_use(device))
+    kernels.topk(
+        config, parts,
+        logits=block_max, windows=Windows(None, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
+        bounds={"context_lens": context_lens}, k=width, page=page // block if pages is not None else 1,
+        block_table=block_table, offset=None,
+        workspace=_workspace(workspace, kernels.workspace_bytes(config, rows, parts), device),
+        out=out if pages is None else pages, positions=None if pages is None else out, scores=None,
+        unit=block, nowhere=2**31 - 1,
     )  # fmt: skip
     return out
 

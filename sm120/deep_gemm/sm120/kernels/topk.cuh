@@ -3,6 +3,8 @@
 //
 //     out[row, i] = position, -1 past the end; or as pages: table[row, position / page] * page + position % page; + offset[row]
 //
+// The same for candidates of a sparse indexer: the keys are maxima of blocks of keys, the lists ascend, and end in 2^31 - 1.
+//
 // A value becomes a key, an uint32 of the same order (0: nothing); a key and ~position together are in order without ties.
 // The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: 32 to each power of two
 // from 2^-14 to 2^18, of both signs; the outermost take all that is smaller and larger. As a rule the bin in which the k-th
@@ -28,8 +30,11 @@
 struct TopkParams {
     const uint8* logits;     // [rows][logits_stride] fp32 or bf16
     int64 logits_stride;     // elements
-    Windows windows;         // limit: columns
+    int columns;
+    Windows windows;
     int ends_are_lengths;    // windows.ends count from the start
+    int unit;                // a logit stands for so many of what windows count
+    int nowhere;             // what stands past the end of a row's choice
     int k;
     int front;               // entries of a part's front
     int page;                // keys of a page; 1 without a table
@@ -358,15 +363,63 @@ struct Choice {
     }
 
     // The k largest, by `put(place, key, position)`, all lanes at once. Nothing can be chosen after it.
-    template <class Position, class Put>
+    template <bool kAscending, class Position, class Put>
     __device__ void emit(const Keys& keys, Position position, Bound bound, Put put) {
-        uint2* chosen = reinterpret_cast<uint2*>(memory.histograms);
-        static_assert(sizeof(memory.histograms) >= kMostK * sizeof(uint2));
-        place(keys, position, [&](uint32 key, uint32 position) { return bound.reached(key, position); },
-              [&](int at, uint32 key, uint32 position) { chosen[at] = {key, position}; });
+        if constexpr (kAscending) {
+            ascend(keys, position, bound, put);
+        } else {
+            uint2* chosen = reinterpret_cast<uint2*>(memory.histograms);
+            static_assert(sizeof(memory.histograms) >= kMostK * sizeof(uint2));
+            place(keys, position, [&](uint32 key, uint32 position) { return bound.reached(key, position); },
+                  [&](int at, uint32 key, uint32 position) { chosen[at] = {key, position}; });
+            __syncthreads();
+            #pragma unroll 1
+            for (int i = thread; i < k; i += kThreads) put(i, chosen[i].x, chosen[i].y);
+        }
+    }
+
+    // The same in the order of positions: a bit for each position, as many at a time as there is memory for.
+    template <class Position, class Put>
+    __device__ void ascend(const Keys& keys, Position position, Bound bound, Put put) {
+        constexpr int kWords = kBins, kThreadWords = kWords / kThreads;
+        static_assert(kBins >= kMostK);
+        uint32* bits = reinterpret_cast<uint32*>(memory.histograms[0]);
+        uint32* chosen = reinterpret_cast<uint32*>(memory.histograms[1]);
+        int before = 0;
+        #pragma unroll 1
+        for (uint32 first = 0; before < k; first += 32 * kWords) {
+            __syncthreads();                           // what stood there has been read
+            #pragma unroll
+            for (int i = 0; i < kThreadWords; ++i) bits[thread * kThreadWords + i] = 0;
+            __syncthreads();
+            each(keys, position, [&](uint32 key, uint32 position) {
+                const uint32 bit = position - first;
+                if (bound.reached(key, position) && bit < 32 * kWords) atomicOr(&bits[bit / 32], 1u << bit % 32);
+            });
+            __syncthreads();
+            uint32 words[kThreadWords];
+            int sum = 0;
+            #pragma unroll
+            for (int i = 0; i < kThreadWords; ++i) words[i] = bits[thread * kThreadWords + i], sum += __popc(words[i]);
+            int until = sum;
+            #pragma unroll
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int below = __shfl_up_sync(kAllLanes, until, distance);
+                if (lane >= distance) until += below;
+            }
+            const Places places = share_out(__shfl_sync(kAllLanes, until, 31));
+            int at = before + places.first + until - sum;
+            #pragma unroll
+            for (int i = 0; i < kThreadWords; ++i) {
+                for (uint32 word = words[i]; word != 0; word &= word - 1) {
+                    chosen[at++] = first + (thread * kThreadWords + i) * 32 + __ffs(word) - 1;
+                }
+            }
+            before += places.total;
+        }
         __syncthreads();
         #pragma unroll 1
-        for (int i = thread; i < k; i += kThreads) put(i, chosen[i].x, chosen[i].y);
+        for (int i = thread; i < k; i += kThreads) put(i, kNan, chosen[i]);
     }
 };
 
@@ -379,7 +432,9 @@ struct Row {
     __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
         const Window window = p.windows.of(row);
         begin = window.begin;
-        length = p.ends_are_lengths ? min(window.end, p.windows.limit - begin) : window.end - begin;
+        length = p.ends_are_lengths ? window.end : window.end - begin;
+        if (p.unit > 1) length = (uint32(length) + p.unit - 1) / p.unit;
+        length = min(length, p.columns - begin);
     }
 
     // A part has `kShare` keys at least, where there are several.
@@ -407,8 +462,8 @@ struct Row {
             place = int(ptx::load_word(p.table + row * p.table_stride + page)) * p.page + (place - page * p.page);
         }
         if (any && p.offset) place += int(ptx::load_word(p.offset + row));
-        p.out[row * p.out_stride + at] = any ? place : -1;
-        if (p.positions) p.positions[row * p.positions_stride + at] = any ? int(position) : -1;
+        p.out[row * p.out_stride + at] = any ? place : p.nowhere;
+        if (p.positions) p.positions[row * p.positions_stride + at] = any ? int(position) : p.nowhere;
         if (p.scores) p.scores[row * p.scores_stride + at] = any ? value_of(key) : __int_as_float(0xff800000);
     }
 };
@@ -444,7 +499,7 @@ struct Vector {
 };
 
 // Grid: x rows, y parts.
-template <class Logit, int kThreads, int kVectors, int kCapacity, int kShare>
+template <class Logit, int kThreads, int kVectors, int kCapacity, int kShare, bool kAscending>
 __device__ inline void choose(const TopkParams& p) {
     using Vec = Vector<Logit>;
     constexpr int kPerVector = Vec::kKeys, kFresh = kVectors * kPerVector, kWarps = kThreads / 32;
@@ -510,7 +565,7 @@ __device__ inline void choose(const TopkParams& p) {
             continue;
         }
         if (parts == 1) {
-            choice.emit(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
+            choice.template emit<kAscending>(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
             return;
         }
         const int64 region = int64(row.row) * p.parts + part;
@@ -528,7 +583,7 @@ __device__ inline void choose(const TopkParams& p) {
 }
 
 // Grid: x rows. `kFronts`: entries of all fronts of a row.
-template <int kThreads, int kFronts, int kCapacity, int kShare>
+template <int kThreads, int kFronts, int kCapacity, int kShare, bool kAscending>
 __device__ inline void merge(const TopkParams& p) {
     constexpr int kFresh = kFronts / kThreads;
     using Chosen = Choice<kThreads, kFresh, kCapacity, false>;
@@ -582,5 +637,5 @@ __device__ inline void merge(const TopkParams& p) {
             } while (done < head[0]);
         }
     }
-    choice.emit(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
+    choice.template emit<kAscending>(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
 }

@@ -20,8 +20,11 @@ class TopkParams(ctypes.Structure):
     _fields_ = [
         ("logits", ctypes.c_void_p),
         ("logits_stride", ctypes.c_int64),
+        ("columns", ctypes.c_int32),
         ("windows", Windows),
         ("ends_are_lengths", ctypes.c_int32),
+        ("unit", ctypes.c_int32),
+        ("nowhere", ctypes.c_int32),
         ("k", ctypes.c_int32),
         ("front", ctypes.c_int32),
         ("page", ctypes.c_int32),
@@ -46,12 +49,14 @@ class TopkParams(ctypes.Structure):
 class Config:
     """What the kernels are compiled for.
 
-    dtype     of the logits
-    most      the largest k: 512, 1,024 or 2,048
+    dtype      of the logits
+    most       the largest k: 512, 1,024 or 2,048
+    ascending  results are in the order of positions
     """
 
     dtype: torch.dtype
     most: int
+    ascending: bool = False
     threads: int = _THREADS
     vectors: int = 1  # of 16 bytes, of a piece in a lane
     blocks: int = 1  # of an SM
@@ -74,22 +79,27 @@ class Config:
     @cached_property
     def choose(self) -> Kernel:
         tag, logit = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}[self.dtype]
-        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {self.capacity}, {self.share}>(p);"
+        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {self.capacity}, {self.share}"
         name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}"
-        return Kernel(name, "topk.cuh", body, self.threads, TopkParams, self.blocks)
+        return self._kernel(name, body, self.threads, self.blocks)
 
     @cached_property
     def merge(self) -> Kernel:
-        body = f"    merge<{_THREADS}, {self.fronts}, {self.capacity}, {self.share}>(p);"
-        return Kernel(f"topk_merge_k{self.most}", "topk.cuh", body, _THREADS, TopkParams, follows=True)
+        body = f"    merge<{_THREADS}, {self.fronts}, {self.capacity}, {self.share}"
+        return self._kernel(f"topk_merge_k{self.most}", body, _THREADS, follows=True)
+
+    def _kernel(self, name: str, body: str, threads: int, blocks: int = 1, follows: bool = False) -> Kernel:
+        ascending = ("_ascending", "true") if self.ascending else ("", "false")
+        body = f"{body}, {ascending[1]}>(p);"
+        return Kernel(name + ascending[0], "topk.cuh", body, threads, TopkParams, blocks, follows)
 
 
 _config = cache(Config)
 
 
-def configure(dtype: torch.dtype, k: int) -> Config:
+def configure(dtype: torch.dtype, k: int, ascending: bool = False) -> Config:
     """The configuration for logits of `dtype` and the `k` largest."""
-    return _config(dtype, next(most for most in (512, 1024, 2048) if k <= most))
+    return _config(dtype, next(most for most in (512, 1024, 2048) if k <= most), ascending)
 
 
 def parts(config: Config, rows: int, columns: int, num_sms: int) -> int:
@@ -118,13 +128,18 @@ def topk(
     out: torch.Tensor,
     positions: torch.Tensor | None,
     scores: torch.Tensor | None,
+    unit: int = 1,
+    nowhere: int = -1,
 ) -> None:
-    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into."""
+    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into. A logit
+    stands for `unit` of what they count; `nowhere` stands past the end of a row."""
     p = TopkParams()
     p.logits = logits.data_ptr()
     p.logits_stride = logits.stride()[0]
+    p.columns = logits.shape[1]
     p.windows = windows
     p.ends_are_lengths = ends_are_lengths
+    p.unit, p.nowhere = unit, nowhere
     p.k = k
     p.page, p.page_shift = page, -1 if page & (page - 1) else page.bit_length() - 1
     p.parts = parts
