@@ -84,8 +84,9 @@ def topk(
     if rows == 0:
         return out
 
-    config = kernels.configure(logits.dtype, k)
-    parts = kernels.parts(config, rows, columns, sms_to_use(device))
+    num_sms = sms_to_use(device)
+    config = kernels.configure(logits.dtype, k, rows, num_sms)
+    parts = kernels.parts(config, rows, columns, num_sms)
     starts_pointer = None if starts is None else starts.data_ptr()
     kernels.topk(
         config, parts,
@@ -151,8 +152,9 @@ def candidate_blocks(
     if rows == 0:
         return out
 
-    config = kernels.configure(torch.float32, width, ascending=True)
-    parts = kernels.parts(config, rows, columns, sms_to_use(device))
+    num_sms = sms_to_use(device)
+    config = kernels.configure(torch.float32, width, rows, num_sms, ascending=True)
+    parts = kernels.parts(config, rows, columns, num_sms)
     kernels.topk(
         config, parts,
         logits=block_max, windows=Windows(None, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
@@ -182,8 +184,9 @@ def topk_workspace_bytes(
     if rows == 0:
         return 0
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config = kernels.configure(dtype, k)
-    return kernels.workspace_bytes(config, rows, kernels.parts(config, rows, columns, sms_to_use(device)))
+    num_sms = sms_to_use(device)
+    config = kernels.configure(dtype, k, rows, num_sms)
+    return kernels.workspace_bytes(config, rows, kernels.parts(config, rows, columns, num_sms))
 
 
 def _result(argument: str, value: Any, dtype: torch.dtype, rows: int, k: int, device: torch.device) -> torch.Tensor:

@@ -53,6 +53,26 @@ struct bf16 {
     __device__ explicit bf16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
 };
 
+// 9.7.9.22 cvt.rz.f16x2: two numbers, towards zero; and back.
+__device__ inline uint32 cvt_rz_f16x2(float upper, float lower) {
+    uint32 halves;
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(upper), "f"(lower));
+    return halves;
+}
+
+// 9.7.8.7 prmt: each half becomes its sign, all ones or all zeros. (The intrinsic's selector has no bit for signs.)
+__device__ inline uint32 signs_of_halves(uint32 halves) {
+    uint32 signs;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(halves));
+    return signs;
+}
+
+__device__ inline float float_of_half(uint32 half) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(uint16(half)));
+    return x;
+}
+
 // 9.7.4 max.NaN: a NaN stays a NaN, as in torch's relu; fmaxf would turn it into 0. The price is the same.
 __device__ inline float relu(float x) {
     float y;

@@ -6,9 +6,9 @@
 // The same for candidates of a sparse indexer: the keys are maxima of blocks of keys, the lists ascend, and end in 2^31 - 1.
 //
 // A value becomes a key, an uint32 of the same order (0: nothing); a key and ~position together are in order without ties.
-// The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: 32 to each power of two
-// from 2^-14 to 2^18, of both signs; the outermost take all that is smaller and larger. As a rule the bin in which the k-th
-// falls holds a few keys, which are ranked by comparing them with each other. Many are narrowed down by further histograms,
+// The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: the upper 11 bits of an
+// fp16, 32 bins to each power of two from 2^-14 to 2^16, of both signs. As a rule the bin in which the k-th falls holds a
+// few keys, which are ranked by comparing them with each other. Many are narrowed down by further histograms,
 // 11 bits at a time: of the keys within the bin, then, where equal keys are left to choose among, of ~position. Nothing is
 // sampled and no buffer can overflow: what does not fit is narrowed first, whatever the values are.
 //
@@ -67,23 +67,23 @@ __device__ inline float value_of(uint32 key) {
     return __uint_as_float(key & kZero ? key ^ kZero : ~key);
 }
 
-// Bins, the largest keys first. Within a sign: steps of 2^-5 of a power of two from 2^-14 on.
-constexpr int kBinShift = 18, kSideBins = kBins / 2;
-constexpr uint32 kLeast = 113 << 23;
+// Bins, the largest keys first: of an fp16, rounded towards zero and inverted unless it is negative, the upper 11 bits.
+constexpr int kBinShift = 16 - kDigit, kNegative = kBins / 2;
 
-__device__ inline int bin_of(uint32 key) {
-    const int sign = int(key) >> 31;                  // -1: at or above zero
-    const int magnitude = key ^ 0x7fffffff ^ sign;    // of the value, as bits
-    const int step = min(max(magnitude - int(kLeast), 0), (kSideBins << kBinShift) - 1) >> kBinShift;
-    return step ^ kSideBins ^ (sign & (kBins - 1));
+struct Bins { uint32 first, second; };
+
+__device__ inline Bins bins_of(uint32 first, uint32 second) {
+    const float lowest = __int_as_float(0xff800000);              // -inf instead of NaN
+    const uint32 halves = ptx::cvt_rz_f16x2(fmaxf(value_of(second), lowest), fmaxf(value_of(first), lowest));
+    const uint32 codes = halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
+    return {(codes & 0xffff) >> kBinShift, codes >> (16 + kBinShift)};
 }
 
 // The least key that is in bin `bin` or before it.
 __device__ inline uint32 edge_of(int bin) {
-    const int step = bin < kSideBins ? kSideBins - 1 - bin : bin - kSideBins + 1;
-    const uint32 magnitude = kLeast + (uint32(step) << kBinShift);
-    if (bin < kSideBins) return step == 0 ? kZero : kZero + magnitude;
-    return step == kSideBins ? kNan : kZero - magnitude;
+    if (bin < kNegative) return kZero + __float_as_uint(ptx::float_of_half(((kNegative - 1 - bin) << kBinShift)));
+    const uint32 past = (bin - kNegative + 1) << kBinShift;
+    return past > 0x7c00 ? kNan : kZero - __float_as_uint(ptx::float_of_half(past));
 }
 
 // All that is at or above it is chosen.
@@ -91,7 +91,7 @@ struct Bound {
     uint32 key, tie;         // of two equal keys the one of the larger ~position is above
 
     __device__ bool reached(uint32 other, uint32 position) const {
-        return other > key || (other == key && ~position >= tie);
+        return tie == 0 ? other >= key : other > key || (other == key && ~position >= tie);
     }
 };
 
@@ -100,7 +100,7 @@ struct Bound {
 template <int kThreads, int kFresh, int kCapacity, bool kOrdered>
 struct Choice {
     static constexpr int kWarps = kThreads / 32, kThreadBins = kBins / kThreads;
-    static constexpr int kTies = kThreads > 512 ? kThreads / 8 : 64;   // as many are ranked by comparing
+    static constexpr int kTies = kThreads < 512 ? 64 : 128;            // as many are ranked by comparing
     static_assert(kThreads % 32 == 0 && kWarps <= 32 && kBins % kThreads == 0);
 
     struct Match { int bin, above, inside; };         // the first bin by which there are as many as wanted
@@ -144,10 +144,13 @@ struct Choice {
         for (int i = 0; i < kFresh; ++i) visit(keys[i], position(i));
         #pragma unroll 1
         for (int first = 0; first < listed; first += kThreads) {
-            const int i = first + thread;
-            const uint2 entry = i < listed ? memory.list[i] : uint2{kNothing, 0};
+            const uint2 entry = entry_of(first);
             visit(entry.x, entry.y);
         }
+    }
+
+    __device__ uint2 entry_of(int first) const {
+        return first + thread < listed ? memory.list[first + thread] : uint2{kNothing, 0};
     }
 
     // ---- the bound ----
@@ -224,16 +227,23 @@ struct Choice {
             if (key >= low && key < high) memory.ties[atomicAdd(&memory.tied, 1)] = {key, ~position};
         });
         __syncthreads();
+        uint2 others[kTies / 32];
+        #pragma unroll
+        for (int i = 0; i < kTies / 32; ++i) others[i] = 32 * i + lane < inside ? memory.ties[32 * i + lane] : uint2{kNothing, 0};
         #pragma unroll 1
         for (int i = warp; i < inside; i += kWarps) {
             const uint2 tie = memory.ties[i];
             int above = 0;
-            #pragma unroll 1
-            for (int first = 0; first < inside; first += 32) {
-                const uint2 other = first + lane < inside ? memory.ties[first + lane] : uint2{kNothing, 0};
+            #pragma unroll
+            for (const uint2& other : others) {
                 above += __popc(__ballot_sync(kAllLanes, other.x > tie.x || (other.x == tie.x && other.y > tie.y)));
             }
-            if (above == want - 1 && lane == 0) memory.bound = {tie.x, tie.y};
+            if (above != want - 1) continue;
+            bool alone = true;       // of the keys that are equal to it none is left out
+            #pragma unroll
+            for (const uint2& other : others) alone &= !(other.x == tie.x && other.y < tie.y);
+            alone = __all_sync(kAllLanes, alone);
+            if (lane == 0) memory.bound = {tie.x, alone ? 0 : tie.y};
         }
         if (thread == 0) memory.tied = 0;
         __syncthreads();
@@ -244,9 +254,15 @@ struct Choice {
     // more than 0: also the least key such that it and larger ones are at most so many.
     template <class Position>
     __device__ Bound narrow(const Keys& keys, Position position, int room, int front, uint32& front_key) {
-        each(keys, position, [&](uint32 key, uint32) {
-            if (key != kNothing) count(bin_of(key));
-        });
+        static_assert(kFresh % 2 == 0);
+        #pragma unroll
+        for (int i = 0; i < kFresh; i += 2) {
+            const Bins bins = bins_of(keys[i], keys[i + 1]);
+            if (keys[i] != kNothing) count(bins.first);
+            if (keys[i + 1] != kNothing) count(bins.second);
+        }
+        #pragma unroll 1
+        for (int i = thread; i < listed; i += kThreads) count(bins_of(memory.list[i].x, kNan).first);
         const Match match = find(k, front > 0 ? front + 1 : 0);
         if (front > 0) {
             const int past = memory.match[1].bin;
@@ -283,27 +299,44 @@ struct Choice {
         return {int(__reduce_add_sync(kAllLanes, lane < warp ? count : 0)), int(__reduce_add_sync(kAllLanes, count))};
     }
 
-    // `put(place, key, position)` for each one that is `chosen`, places from 0; returns how many there are.
-    template <class Position, class Chosen, class Put>
-    __device__ int place(const Keys& keys, Position position, Chosen chosen, Put put) {
-        int mine = 0;
-        each(keys, position, [&](uint32 key, uint32 position) {
-            mine += __popc(__ballot_sync(kAllLanes, chosen(key, position)));
-        });
-        const Places places = share_out(mine);
-        int first = places.first;
-        each(keys, position, [&](uint32 key, uint32 position) {
-            const bool mine = chosen(key, position);
-            const uint32 all = __ballot_sync(kAllLanes, mine);
-            if (mine) put(first + __popc(all & ((1u << lane) - 1)), key, position);
-            first += __popc(all);
-        });
-        return places.total;
+    // Of the fresh keys that equal the bound's those that do not reach it are nothing.
+    template <class Position>
+    __device__ void settle(Keys& keys, Position position, Bound bound) const {
+        if (__builtin_expect(bound.tie == 0, 1)) return;
+        #pragma unroll
+        for (int i = 0; i < kFresh; ++i) {
+            if (keys[i] == bound.key && ~position(i) < bound.tie) keys[i] = kNothing;
+        }
     }
 
-    __device__ void pass_gate(Keys& keys) const {
+    // `put(place, key, position)`, places from 0, for each one that reaches `bound` with a key from `low` up to, not
+    // including, `high`; fresh ones are settled. Returns how many there are.
+    template <class Position, class Put>
+    __device__ int place(const Keys& keys, Position position, Bound bound, uint32 low, uint32 high, Put put) {
+        uint32 fresh[kFresh];
+        int mine = 0;
         #pragma unroll
-        for (int i = 0; i < kFresh; ++i) keys[i] = keys[i] >= gate ? keys[i] : kNothing;
+        for (int i = 0; i < kFresh; ++i) mine += __popc(fresh[i] = __ballot_sync(kAllLanes, keys[i] >= low && keys[i] < high));
+        auto chosen = [&](uint2 entry) { return entry.x >= low && entry.x < high && bound.reached(entry.x, entry.y); };
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) mine += __popc(__ballot_sync(kAllLanes, chosen(entry_of(first))));
+        const Places places = share_out(mine);
+        const uint32 self = 1u << lane;
+        int first = places.first;
+        #pragma unroll
+        for (int i = 0; i < kFresh; ++i) {
+            if (fresh[i] & self) put(first + __popc(fresh[i] & (self - 1)), keys[i], position(i));
+            first += __popc(fresh[i]);
+        }
+        #pragma unroll 1
+        for (int of = 0; of < listed; of += kThreads) {
+            const uint2 entry = entry_of(of);
+            const bool mine = chosen(entry);
+            const uint32 all = __ballot_sync(kAllLanes, mine);
+            if (mine) put(first + __popc(all & (self - 1)), entry.x, entry.y);
+            first += __popc(all);
+        }
+        return places.total;
     }
 
     template <class Position>
@@ -331,46 +364,46 @@ struct Choice {
         int kept = 0;
         #pragma unroll 1
         for (int first = 0; first < listed; first += kThreads) {   // places never lie past those that have been read
-            const int i = first + thread;
-            const uint2 entry = i < listed ? memory.list[i] : uint2{kNothing, 0};
+            const uint2 entry = entry_of(first);
             const bool mine = bound.reached(entry.x, entry.y);
             const uint32 all = __ballot_sync(kAllLanes, mine);
             const Places places = share_out(__popc(all));
             if (mine) memory.list[kept + places.first + __popc(all & ((1u << lane) - 1))] = entry;
             kept += places.total;
         }
+        settle(keys, position, bound);
         #pragma unroll
-        for (int i = 0; i < kFresh; ++i) keys[i] = bound.reached(keys[i], position(i)) ? keys[i] : kNothing;
+        for (int i = 0; i < kFresh; ++i) keys[i] = keys[i] >= bound.key ? keys[i] : kNothing;
         const Places places = share_out(count_in_warp(keys));
         listed = kept;
         append(keys, position, places);
         gate = bound.key + kOrdered;
     }
 
-    // Takes a piece. The last one, or one for which the list has no room, is narrowed with the list: then the bound is
+    // Takes a piece of keys that pass the gate. The last one, or one for which the list has no room, is narrowed with the list: then the bound is
     // told, and of one that is not the last `keep` must follow.
     template <class Position>
     __device__ bool add(Keys& keys, Position position, bool last, int room, int front, Bound& bound, uint32& front_key) {
-        pass_gate(keys);
         const Places places = last ? Places{0, kCapacity} : share_out(count_in_warp(keys));
         if (listed + places.total <= kCapacity && !last) {
             append(keys, position, places);
             return false;
         }
         if (last && listed > 0) __syncthreads();       // what was put there is seen
-        bound = narrow(keys, position, last ? room : (k + kCapacity) / 2, last ? front : 0, front_key);
+        bound = narrow(keys, position, last ? room : k + (kCapacity - k) / 4, last ? front : 0, front_key);
         return true;
     }
 
     // The k largest, by `put(place, key, position)`, all lanes at once. Nothing can be chosen after it.
     template <bool kAscending, class Position, class Put>
-    __device__ void emit(const Keys& keys, Position position, Bound bound, Put put) {
+    __device__ void emit(Keys& keys, Position position, Bound bound, Put put) {
         if constexpr (kAscending) {
             ascend(keys, position, bound, put);
         } else {
             uint2* chosen = reinterpret_cast<uint2*>(memory.histograms);
             static_assert(sizeof(memory.histograms) >= kMostK * sizeof(uint2));
-            place(keys, position, [&](uint32 key, uint32 position) { return bound.reached(key, position); },
+            settle(keys, position, bound);
+            place(keys, position, bound, bound.key, kAllLanes,
                   [&](int at, uint32 key, uint32 position) { chosen[at] = {key, position}; });
             __syncthreads();
             #pragma unroll 1
@@ -553,7 +586,7 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kFresh; ++i) {
             const uint32 key = key_of(vectors[i / kPerVector].value(i % kPerVector));
-            keys[i] = position(i) < uint32(row.length) ? key : kNothing;
+            keys[i] = position(i) < uint32(row.length) && key >= choice.gate ? key : kNothing;
         }
         const bool last = (piece + 1) * kVectors * kWarps * parts + part >= chunks;
         if (!last) load(piece + 1);
@@ -570,12 +603,11 @@ __device__ inline void choose(const TopkParams& p) {
         }
         const int64 region = int64(row.row) * p.parts + part;
         uint2 *front = p.fronts + region * p.front, *rest = p.rests + region * kCapacity;
-        const int in_front = choice.place(keys, position,
-            [&](uint32 key, uint32 position) { return key >= front_key && bound.reached(key, position); },
+        choice.settle(keys, position, bound);
+        const int in_front = choice.place(keys, position, bound, max(front_key, bound.key), kAllLanes,
             [&](int at, uint32 key, uint32 position) { front[at] = {key, position}; });
         for (int i = in_front + threadIdx.x; i < p.front; i += kThreads) front[i] = {kNothing, 0};
-        const int in_rest = choice.place(keys, position,
-            [&](uint32 key, uint32 position) { return key < front_key && bound.reached(key, position); },
+        const int in_rest = choice.place(keys, position, bound, bound.key, front_key,
             [&](int at, uint32 key, uint32 position) { rest[at] = {key, position}; });
         if (threadIdx.x == 0) p.heads[region] = {uint32(in_rest), front_key};
         return;
@@ -610,7 +642,7 @@ __device__ inline void merge(const TopkParams& p) {
             const int at = i * kThreads + thread;
             uint32 entry[2] = {kNothing, 0};
             if (at < count) ptx::load<2>(entry, entries + at);
-            keys[i] = entry[0], positions[i] = entry[1];
+            keys[i] = entry[0] >= choice.gate ? entry[0] : kNothing, positions[i] = entry[1];
         }
     };
     uint32 head[2] = {0, 0}, none;

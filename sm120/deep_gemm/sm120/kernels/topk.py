@@ -10,7 +10,7 @@ import torch
 from ..jit import Kernel, launch
 from .windows import Windows
 
-_THREADS = 1024
+_THREADS = 512
 _MOST_PARTS = 64
 
 
@@ -58,8 +58,8 @@ class Config:
     most: int
     ascending: bool = False
     threads: int = _THREADS
-    vectors: int = 1  # of 16 bytes, of a piece in a lane
-    blocks: int = 1  # of an SM
+    vectors: int = 2  # of 16 bytes, of a piece in a lane
+    blocks: int = 2  # of an SM
 
     @cached_property
     def share(self) -> int:
@@ -69,7 +69,7 @@ class Config:
     @cached_property
     def capacity(self) -> int:
         """Keys that a block can keep between two pieces, and that a part can leave for the merge beside its front."""
-        return self.most + min(self.most, 1024)
+        return max(2048, self.most + 1024)
 
     @cached_property
     def fronts(self) -> int:
@@ -97,9 +97,12 @@ class Config:
 _config = cache(Config)
 
 
-def configure(dtype: torch.dtype, k: int, ascending: bool = False) -> Config:
-    """The configuration for logits of `dtype` and the `k` largest."""
-    return _config(dtype, next(most for most in (512, 1024, 2048) if k <= most), ascending)
+def configure(dtype: torch.dtype, k: int, rows: int, num_sms: int, ascending: bool = False) -> Config:
+    """The configuration for `rows` rows of logits of `dtype` and the `k` largest of each."""
+    most = next(most for most in (512, 1024, 2048) if k <= most)
+    if rows < 2 * num_sms:
+        return _config(dtype, most, ascending)
+    return _config(dtype, most, ascending, threads=256, blocks=4)
 
 
 def parts(config: Config, rows: int, columns: int, num_sms: int) -> int:
