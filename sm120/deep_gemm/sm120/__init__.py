@@ -21,18 +21,28 @@ from .paged import fp8_fp4_paged_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa
 from .prepare import warmup
 from .ragged import fp8_fp4_mqa_logits, fp8_mqa_logits
 from .settings import get_num_sms, get_pdl, set_num_sms, set_pdl
-from .topk import candidate_blocks, topk, topk_workspace_bytes
+from .topk import (
+    candidate_blocks,
+    fp8_fp4_mqa_topk,
+    fp8_fp4_paged_mqa_topk,
+    mqa_topk_workspace_bytes,
+    topk,
+    topk_workspace_bytes,
+)
 
 __all__ = [
     "ArgumentError",
     "candidate_blocks",
     "fp8_fp4_mqa_logits",
+    "fp8_fp4_mqa_topk",
     "fp8_fp4_paged_mqa_logits",
+    "fp8_fp4_paged_mqa_topk",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
     "get_num_sms",
     "get_paged_mqa_logits_metadata",
     "get_pdl",
+    "mqa_topk_workspace_bytes",
     "set_num_sms",
     "set_pdl",
     "topk",
