@@ -1,18 +1,22 @@
 """The k largest of each row: exactly those that a stable sort gives, whatever the values and whichever the path."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import Paged, Ragged
 
+import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
 from deep_gemm.sm120.emulator import recording
 from deep_gemm.sm120.kernels import topk as kernels
 
 POISON = -77777
+topk_module = importlib.import_module("deep_gemm.sm120.topk")  # `sm120.topk` is the function
 
 
 def poisoned(rows: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -313,6 +317,81 @@ def test_candidate_blocks(blocks: int, width: int, fill: str, device: str) -> No
         ids = torch.tensor(expected)
         places = table[row, ids // 8].long() * 8 + ids % 8
         assert pages[row].tolist() == places.tolist() + end
+
+
+# --- logits and choice in one call ------------------------------------------------------------------------------------
+
+
+def chosen_of_paged(problem: Paged, k: int, device: str, **options) -> None:
+    """`fp8_fp4_paged_mqa_topk` against `topk` of the logits, which are the same to the bit."""
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, problem.block_kv, problem.slots)
+    logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule), clean_logits=True).cpu()
+    rows = len(logits)
+    lengths = reference.windows(problem.context_lens.cpu(), problem.next_n).reshape(-1).tolist()
+    expected = reference.topk(logits, lengths, k)
+    table = problem.block_table.cpu()
+    for translate in (False, True):
+        out, positions = (poisoned(rows, k, torch.int32, device) for _ in range(2))
+        scores = poisoned(rows, k, torch.float32, device)
+        sm120.fp8_fp4_paged_mqa_topk(
+            *problem.arguments(schedule), k, translate=translate, out=out, positions=positions, scores=scores, **options
+        )
+        for row, want in enumerate(expected):
+            got = positions[row, : len(want)].cpu()
+            assert sorted(got.tolist()) == want
+            assert (positions[row, len(want) :] == -1).all() and (out[row, len(want) :] == -1).all()
+            assert torch.equal(scores[row, : len(want)].cpu(), logits[row, got.long()])
+            pages = table[row // problem.next_n, got.long() // problem.block_kv]
+            where = pages * problem.block_kv + got % problem.block_kv if translate else got
+            assert torch.equal(out[row, : len(want)].cpu(), where)
+
+
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+@pytest.mark.parametrize("next_n, lengths", [(1, [[900], [0], [3000], [77]]), (2, [[900, 899], [5, 4], [9000, 8999]])])
+def test_paged_logits_and_choice(fp4: bool, next_n: int, lengths: list, device: str) -> None:
+    chosen_of_paged(Paged(lengths, next_n, heads=16, fp4=fp4, device=device), 512, device)
+
+
+def test_paged_lengths_of_one_dimension(device: str) -> None:
+    chosen_of_paged(Paged([700, 1, 0], 3, heads=8, dim=64, device=device), 300, device)
+
+
+@pytest.mark.parametrize("next_n", [1, 3])
+def test_a_paged_prefill_takes_turns(next_n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few SMs 48 rows are many: they are scored some at a time, in a workspace of no more than it says."""
+    monkeypatch.setattr(settings, "_num_sms", 8)
+    monkeypatch.setattr(topk_module, "_LOGITS_BYTES", 1024)
+    lengths = torch.randint(0, 1000, (48 // next_n, next_n)).tolist()
+    problem = Paged(lengths, next_n, heads=8, dim=32, slots=8, device=device)
+    size = sm120.mqa_topk_workspace_bytes(48, problem.max_context_len, 200, next_n, device)
+    assert size <= 4 * 17 * 1024
+    workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    chosen_of_paged(problem, 200, device, workspace=workspace)
+
+
+@pytest.mark.parametrize("sms", [188, 4])
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+def test_ragged_logits_and_choice(fp4: bool, sms: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_num_sms", sms)
+    monkeypatch.setattr(topk_module, "_LOGITS_BYTES", 4096)
+    starts = [0, 5, 100, 1000, 7] * 8
+    ends = [800, 5, 1500, 1200, 900] * 8
+    problem = Ragged(starts, ends, 1500, heads=8, dim=64, fp4=fp4, device=device)
+    logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments()).cpu()
+    lengths = [max(0, end - start) for start, end in zip(starts, ends)]
+    expected = reference.topk(logits, lengths, 300, starts)
+    positions = poisoned(40, 300, torch.int32, device)
+    out = sm120.fp8_fp4_mqa_topk(*problem.arguments(), 300, offset=problem.ks, positions=positions).cpu()
+    for row, want in enumerate(expected):
+        assert sorted(positions[row, : len(want)].tolist()) == want
+        assert sorted(out[row, : len(want)].tolist()) == [starts[row] + position for position in want]
+        assert (out[row, len(want) :] == -1).all()
+
+
+def test_no_keys_at_all(device: str) -> None:
+    chosen_of_paged(Paged([[0], [0]], heads=8, dim=32, device=device), 5, device)
+    problem = Ragged([0, 0], [0, 0], 0, heads=8, dim=32, device=device)
+    assert (sm120.fp8_fp4_mqa_topk(*problem.arguments(), 5) == -1).all()
 
 
 # --- sanitizers, arguments --------------------------------------------------------------------------------------------

@@ -27,13 +27,22 @@ from .sparse import (
     get_paged_sparse_mqa_logits_metadata,
     get_sparse_mqa_logits_metadata,
 )
-from .topk import candidate_blocks, topk, topk_workspace_bytes
+from .topk import (
+    candidate_blocks,
+    fp8_fp4_mqa_topk,
+    fp8_fp4_paged_mqa_topk,
+    mqa_topk_workspace_bytes,
+    topk,
+    topk_workspace_bytes,
+)
 
 __all__ = [
     "ArgumentError",
     "candidate_blocks",
     "fp8_fp4_mqa_logits",
+    "fp8_fp4_mqa_topk",
     "fp8_fp4_paged_mqa_logits",
+    "fp8_fp4_paged_mqa_topk",
     "fp8_fp4_paged_sparse_mqa_logits",
     "fp8_fp4_sparse_mqa_logits",
     "fp8_mqa_logits",
@@ -43,6 +52,7 @@ __all__ = [
     "get_paged_sparse_mqa_logits_metadata",
     "get_pdl",
     "get_sparse_mqa_logits_metadata",
+    "mqa_topk_workspace_bytes",
     "set_num_sms",
     "set_pdl",
     "topk",

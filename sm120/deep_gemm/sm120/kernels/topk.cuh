@@ -39,7 +39,8 @@ struct TopkParams {
     int front;               // entries of a part's front
     int page;                // keys of a page; 1 without a table
     int page_shift;          // its logarithm, or -1
-    const int* table;        // [rows][table_stride] pages, or null
+    int tokens;              // rows that share a row of the table
+    const int* table;        // [rows / tokens][table_stride] pages, or null
     const int* offset;       // [rows] what is added, or null
     int* out;                // [rows][out_stride]
     int* positions;          // [rows][positions_stride], or null
@@ -477,13 +478,15 @@ struct Row {
         return p.page_shift >= 0 ? position >> p.page_shift : position / uint32(p.page);
     }
 
+    __device__ const int* pages() const { return p.table + (p.tokens > 1 ? row / p.tokens : row) * p.table_stride; }
+
     // The row's pages are on their way to L1 while there is nothing else to do.
     __device__ void fetch_pages() const {
         constexpr int kLine = 32;
         if (!p.table) return;
         const int last = page_of(length - 1);
         for (int i = threadIdx.x * kLine; i <= last; i += blockDim.x * kLine) {
-            ptx::load_word(p.table + row * p.table_stride + i);
+            ptx::load_word(pages() + i);
         }
     }
 
@@ -492,7 +495,7 @@ struct Row {
         int place = position;
         if (any && p.table) {
             const int page = page_of(position);
-            place = int(ptx::load_word(p.table + row * p.table_stride + page)) * p.page + (place - page * p.page);
+            place = int(ptx::load_word(pages() + page)) * p.page + (place - page * p.page);
         }
         if (any && p.offset) place += int(ptx::load_word(p.offset + row));
         p.out[row * p.out_stride + at] = any ? place : p.nowhere;

@@ -29,6 +29,7 @@ class TopkParams(ctypes.Structure):
         ("front", ctypes.c_int32),
         ("page", ctypes.c_int32),
         ("page_shift", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
         ("table", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -131,18 +132,19 @@ def topk(
     out: torch.Tensor,
     positions: torch.Tensor | None,
     scores: torch.Tensor | None,
+    tokens: int = 1,
     unit: int = 1,
     nowhere: int = -1,
 ) -> None:
     """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into. A logit
-    stands for `unit` of what they count; `nowhere` stands past the end of a row."""
+    stands for `unit` of what they count; `tokens` rows share one of the table; `nowhere` stands past a row's end."""
     p = TopkParams()
     p.logits = logits.data_ptr()
     p.logits_stride = logits.stride()[0]
     p.columns = logits.shape[1]
     p.windows = windows
     p.ends_are_lengths = ends_are_lengths
-    p.unit, p.nowhere = unit, nowhere
+    p.tokens, p.unit, p.nowhere = tokens, unit, nowhere
     p.k = k
     p.page, p.page_shift = page, -1 if page & (page - 1) else page.bit_length() - 1
     p.parts = parts
