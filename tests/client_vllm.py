@@ -182,7 +182,7 @@ def test_the_kernels_of_vllm_are_cached_in_its_folder(wrappers: ModuleType) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="upstream may load here")
 def test_what_cannot_be_loaded_is_absent_for_vllm(wrappers: ModuleType) -> None:
     assert wrappers._fp8_gemm_nt_impl is None and wrappers._tf32_hc_prenorm_gemm_impl is None
-    assert wrappers.has_deep_gemm_sparse_mqa() is hasattr(deep_gemm, "fp8_fp4_paged_sparse_mqa_logits")
+    assert wrappers.has_deep_gemm_sparse_mqa()
     with pytest.raises(RuntimeError, match="unavailable in the current vLLM environment"):
         wrappers.fp8_gemm_nt()
 
