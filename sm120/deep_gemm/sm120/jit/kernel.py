@@ -3,6 +3,8 @@
 import ctypes
 from dataclasses import dataclass
 
+MOST = 4096  # kernels that a process meets: a model needs some twenty, so past it something makes them up without end
+
 
 @dataclass(frozen=True, eq=False)  # an object is equal to itself alone: it is looked up at every launch
 class Kernel:

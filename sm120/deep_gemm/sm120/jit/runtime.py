@@ -18,15 +18,14 @@ import torch
 from .. import checks, settings
 from . import shipped
 from .compiler import compile_kernel
-from .kernel import Kernel
+from .kernel import MOST, Kernel
 
 _EMULATED_ARCHITECTURE = "sm_120f"
 
 # (kernel, index of the GPU or emulated architecture) -> the driver's function or the emulator's module. The emulator's
-# take megabytes: the oldest goes. A GPU's take 0.1 MB and stay, since a captured graph may launch any of them; a model
-# needs some twenty, so past the bound something makes up configurations without end.
+# take megabytes: the oldest goes. A GPU's take 0.1 MB and stay, since a captured graph may launch any of them.
 _loaded: dict[tuple[Kernel, int | str], Any] = {}
-_MOST_EMULATED, _MOST_ON_GPUS = 64, 4096
+_MOST_EMULATED, _MOST_ON_GPUS = 64, MOST
 _loading = threading.Lock()
 
 

@@ -6,11 +6,11 @@ import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
-from ..jit import Kernel, launch
+from ..jit import MOST, Kernel, launch
 from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
@@ -141,13 +141,14 @@ class Config:
         return _kernel(self, self.block_scaled)
 
 
-configure = cache(Config)  # of the same arguments the same object, which knows its kernel and has read the switch
-_one = cache(Kernel)  # configurations that differ in nothing compiled share a kernel: what is warm for one is for all
+# Of the same arguments the same object, which knows its kernel and has read the switch. Configurations that differ in
+# nothing compiled share a kernel: what is warm for one is for all.
+configure, _one = lru_cache(MOST)(Config), lru_cache(MOST)(Kernel)
 
 _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
 
 
-@cache
+@lru_cache(MOST)
 def _kernel(config: Config, block_scaled: bool) -> Kernel:
     if config.fp4:
         tag, format = "fp4", f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
@@ -203,7 +204,7 @@ def rows_per_group(config: Config, next_n: int) -> int:
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
-@cache
+@lru_cache(1024)  # a server meets prefills of any length
 def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
     """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split: so many that blocks
     fill the chip a few times, and that the last time leaves few SMs idle (else up to 15% of the time, 25 Nov 2026)."""
