@@ -50,6 +50,14 @@ def test_next_n(next_n: int, fp4: bool, device: str) -> None:
     run(Paged([0, next_n // 2, 555], next_n=next_n, heads=16, fp4=fp4, device=device))  # 1-D lengths
 
 
+@pytest.mark.parametrize("empty", [100, 150, 200, 270, 500])
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_a_row_behind_many_empty_ones(empty: int, next_n: int, device: str) -> None:
+    """In one slot: it looks for the next row that has keys, 128 lengths at a time."""
+    rows = [5, *[0] * empty, 17, *[0] * 300, 40]
+    run(Paged([[length] * next_n for length in rows], next_n=next_n, heads=8, dim=32, slots=1, device=device))
+
+
 @FORMATS
 @pytest.mark.parametrize("block_kv", [16, 48, 64])
 @pytest.mark.parametrize("next_n", [1, 2, 17, 40])
