@@ -58,6 +58,7 @@ ARCHITECTURES = [
     "test_architectures.py::test_the_smallest_scale",
 ]
 MANY = [
+    "test_paged.py::test_a_row_behind_many_empty_ones",
     "test_paged.py::TestSchedules",
     "test_paged.py::test_empty_rows",
     "test_garbage.py::test_paged_lengths_and_tables",
