@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Paged, Ragged, check, poisoned
+from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -192,3 +192,54 @@ def test_metadata(device: str, data: st.DataObject) -> None:
         else:
             expected = int(np.searchsorted(ends_at, start, side="right"))
             assert (row, split) == (expected, start - (ends_at[expected - 1] if expected else 0)), slot
+
+
+def sparse_problem(draw: st.DrawFn, device: str) -> Sparse:
+    paged, block = draw(st.booleans()), draw(st.sampled_from([8, 16]))
+    lengths = draw(
+        st.lists(st.sampled_from([0, 1, 7, 8, 100, 300]), min_size=1, max_size=draw(st.sampled_from([6, 150])))
+    )
+    starts = None if paged else [draw(st.integers(0, 9)) * block for _ in lengths]
+    return Sparse(
+        lengths, width=draw(st.sampled_from([1, 5, 16])), block=block, block_kv=64 if paged else 0, heads=8,
+        fp4=draw(st.booleans()), starts=starts, device=device,
+    )  # fmt: skip
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return (before != after).view(len(before), -1).any(dim=1)
+
+
+@given(st.data())
+def test_sparse(device: str, data: st.DataObject) -> None:
+    """Lengths, bounds, tables and lists: rows without garbage are exact. Then the metadata made from them."""
+    draw = data.draw
+    problem = sparse_problem(draw, device)
+    expected, rows = problem.expected(), len(problem.lengths)
+    if problem.block_kv:
+        problem.block_table = problem.block_table.contiguous()
+        near = [len(problem.kv_cache), 0]
+        tensors = [
+            (problem.lists, [40]),
+            (problem.context_lens, [300, problem.width * problem.block]),
+            (problem.block_table, near),
+        ]
+    else:
+        tensors = [(problem.lists, [40]), (problem.ks, [0, problem.keys]), (problem.ke, [0, problem.keys])]
+    before = [tensor.clone() for tensor, _ in tensors]
+    for tensor, near in tensors:
+        spoil(draw, tensor, near)
+    garbage = torch.stack([changed(old, tensor) for old, (tensor, _) in zip(before, tensors)]).any(dim=0)
+    out = poisoned(rows, problem.width * problem.block, torch.bfloat16, device)
+    with ends():
+        metadata = problem.metadata()
+        problem.logits(metadata, out)
+    assert_rows_apart(out)
+    inside = (expected != -torch.inf) & ~garbage[:, None]
+    assert torch.allclose(out[inside].double(), expected[inside], rtol=2**-7, atol=1e-2)
+    assert (out[~garbage[:, None] & (expected == -torch.inf)] == POISON).all()
+    words = metadata.view(torch.int32)
+    spoil(draw, words, [0, rows, problem.width])
+    with ends():
+        problem.logits(metadata, out)
+    assert_rows_apart(out)

@@ -141,10 +141,9 @@ class Config:
         return _kernel(self, self.block_scaled)
 
 
-configure = lru_cache(MOST)(
-    Config
-)  # of the same arguments the same object, which knows its kernel and has read the switch
-_one = lru_cache(MOST)(Kernel)  # configurations that differ in nothing compiled share a kernel: warm for one is for all
+# Of the same arguments the same object, which knows its kernel and has read the switch. Configurations that differ in
+# nothing compiled share a kernel: what is warm for one is for all.
+configure, _one = lru_cache(MOST)(Config), lru_cache(MOST)(Kernel)
 
 _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
 
