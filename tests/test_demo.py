@@ -53,9 +53,9 @@ def test_the_command(tmp_path) -> None:
     assert max(map(len, printed.splitlines())) <= 80
     assert cells(printed, "where") == ["PTX emulator, sm_120f, numpy"]
     assert 0.1 < float(cells(printed, "compile time")[0].removesuffix(" s")) < 60
-    # 3 + 256 + 1024 tiles in 1 + 16 + 64 splits: no SM has more than one split
-    sms = deep_gemm.get_num_sms()
-    assert cells(printed, "schedule") == [f"{sms} SMs, 16-key tiles: fewest 0, mean {1283 / sms:.1f}, most 16"]
+    sms, tiles = deep_gemm.get_num_sms(), 2 + 128 + 512
+    spread = f"fewest {tiles // sms}, mean {tiles / sms:.1f}, most {-(-tiles // sms)}"
+    assert cells(printed, "work") == [f"{sms} SMs, 32-key tiles: {spread}"]
     for request, keys in enumerate(["37", "4,096", "16,384"], 1):
         length, error, overlap = cells(printed, f"request {request}")
         assert length == keys and 1e-9 < float(error) < 1e-6 and overlap.startswith("100.00%")
@@ -102,7 +102,11 @@ def test_prefill(run, fp4: bool) -> None:
     assert cells(printed, "paged, ragged") == [f"0 of {sum(lengths):,} logits differ"]
     assert cells(printed, "tokens 0 to 6")[0] == "1,024 to 1,025"
     assert cells(printed, "tokens 21 to 25")[0] == "1,029 to 1,030"
-    assert cells(printed, "paged logits")[2] == cells(printed, "ragged logits")[2]
+    # Paged, these are few rows, one by one; ragged, neighbours are taken four at a time, the last of them for nobody:
+    # 26 of them up to key 1,024, then 23.
+    tile = 8 if fp4 else 16  # MMAs of 32 keys and one token
+    assert cells(printed, "paged logits")[2] == f"{sum(-(-keys // 32) for keys in lengths) * tile:,}"
+    assert cells(printed, "ragged logits")[2] == f"{(32 * 28 + 24) * tile:,}"
 
 
 @pytest.mark.parametrize(
@@ -151,15 +155,19 @@ def test_ties_are_told_from_misses() -> None:
     assert found.shared < found.wanted - found.ties and not found.passed
 
 
-@pytest.mark.parametrize("sms", [7, 48, 188])
+@pytest.mark.parametrize("sms", [7, 20, 48, 188])
 def test_tiles_per_sm(sms: int) -> None:
     lengths = torch.randint(0, 3000, (20, 2), dtype=torch.int32)
     lengths[torch.randint(0, 20, (5,))] = 0
     schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, sms)
+    if sms > 20:  # few rows
+        share, longer = divmod(int(-(lengths.amax(1) // -32).sum()), sms)
+        assert demo.tiles_per_sm(lengths, schedule).tolist() == [share + 1] * longer + [share] * (sms - longer)
+        return
     splits = [(r, s) for r, (a, b) in enumerate(lengths.tolist()) for s in range((max(a, b) + 255) // 256)]
     entries = [tuple(entry) for entry in schedule.tolist()]
     expected = [
-        sum(min(16, -(-(int(lengths[r].max()) - 256 * s) // 16)) for r, s in splits if begin <= (r, s) < end)
+        sum(min(8, -(-(int(lengths[r].max()) - 256 * s) // 32)) for r, s in splits if begin <= (r, s) < end)
         for begin, end in zip(entries, entries[1:])
     ]
     assert demo.tiles_per_sm(lengths, schedule).tolist() == expected

@@ -4,9 +4,9 @@
     python tools/demo.py --prefill            384 neighbouring tokens of one prompt, paged and ragged
     python tools/demo.py --fp4 --save fp4.png
 
-Runs on the GPU; without one, or with --arch, in the PTX emulator. Shows what compiling took, how evenly the schedule
-shares out the keys, what each step cost (bytes are those that lanes asked global memory for), and how far the logits
-and their top 512 are from the reference's. Exits with 1 if an error exceeds 1e-6, a top 512 differs by more than ties,
+Runs on the GPU; without one, or with --arch, in the PTX emulator. Shows what compiling took, how evenly the keys are
+shared out, what each step cost (bytes are those that lanes asked global memory for), and how far the logits and their
+top 512 are from the reference's. Exits with 1 if an error exceeds 1e-6, a top 512 differs by more than ties,
 or paged and ragged logits differ at all. Inputs are random; what fails says with which --seed.
 """
 
@@ -27,8 +27,9 @@ from rich.table import Table
 import deep_gemm
 from deep_gemm.sm120 import reference
 from deep_gemm.sm120.emulator import Counters, recording
+from deep_gemm.sm120.kernels.logits import few_rows
 
-DIM, PAGE, TILE = 128, 64, 16  # values of a key; keys of a page, and of what a warp multiplies at a time
+DIM, PAGE, TILE = 128, 64, 32  # values of a key; keys of a page, and of what a warp multiplies at a time
 TOKENS_PER_KEY = 4  # V4 compresses so many tokens into one key
 PROMPT = 4096  # --prefill: tokens of the prompt that came before
 TOP, TOLERANCE = 512, 1e-6
@@ -196,8 +197,11 @@ def compare(name: str, logits: torch.Tensor, expected: torch.Tensor, lens: torch
 
 
 def tiles_per_sm(context_lens: torch.Tensor, schedule: torch.Tensor) -> torch.Tensor:
-    """Tiles of 16 keys between each entry (row, split of 256 keys) of the schedule and the next."""
-    tiles = -(context_lens.amax(dim=1) // -TILE)
+    """Tiles of 32 keys that each SM takes: few rows are shared out evenly; many go by the schedule, from each of its
+    entries (row, split of 256 keys) to the next."""
+    tiles, slots = -(context_lens.amax(dim=1) // -TILE), len(schedule) - 1
+    if few_rows(len(context_lens), slots):
+        return torch.bincount(torch.arange(int(tiles.sum())) % slots, minlength=slots)
     before = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])
     return (before[schedule[:, 0].long()] + 256 // TILE * schedule[:, 1]).diff()
 
@@ -228,13 +232,13 @@ def draw(path: str, title: str, tiles: torch.Tensor, logits: torch.Tensor, expec
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     figure.suptitle(title, fontweight="bold")
-    panels = figure.subplot_mosaic([["schedule", "schedule"], ["logits", "difference"]])
+    panels = figure.subplot_mosaic([["work", "work"], ["logits", "difference"]])
 
-    schedule, mean = panels["schedule"], tiles.double().mean().item()
-    schedule.bar(range(len(tiles)), tiles.tolist(), width=1, edgecolor="white", linewidth=0.3)
-    schedule.axhline(mean, color="tab:orange", label=f"mean: {mean:.1f}")
-    schedule.set(title="Schedule: work planned for each SM", xlabel="SM", ylabel=f"tiles of {TILE} keys")
-    schedule.margins(x=0)
+    work, mean = panels["work"], tiles.double().mean().item()
+    work.bar(range(len(tiles)), tiles.tolist(), width=1, edgecolor="white", linewidth=0.3)
+    work.axhline(mean, color="tab:orange", label=f"mean: {mean:.1f}")
+    work.set(title="Work of each SM", xlabel="SM", ylabel=f"tiles of {TILE} keys")
+    work.margins(x=0)
 
     inside = expected != -torch.inf
     every = int(inside.sum()) // 50_000 + 1
@@ -247,7 +251,7 @@ def draw(path: str, title: str, tiles: torch.Tensor, logits: torch.Tensor, expec
     for panel in panels.values():
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
-    schedule.legend()
+    work.legend()
     panels["logits"].legend(markerscale=4)
     figure.savefig(path, dpi=120)
 
@@ -266,7 +270,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--arch", help="emulate the code for sm_120f, sm_100a, sm_90a, sm_89, ... even if there is a GPU"
     )
     parser.add_argument("--seed", type=int, help="of the random inputs (another one each time)")
-    parser.add_argument("--save", metavar="FILE.png", help="draw the schedule, and the logits against the reference")
+    parser.add_argument("--save", metavar="FILE.png", help="draw each SM's work, and the logits against the reference")
     args = parser.parse_args(arguments)
     if args.next_n < 1 or min(args.keys) < 0 or (args.prefill is not None and args.prefill < 1):
         parser.error("--next-n and --prefill are positive, and --keys are not negative")
@@ -306,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = [
         ["where", where],
         ["compile time", f"{bench.costs['compile'][0] / 1000:.2f} s"],
-        ["schedule", f"{len(tiles)} SMs, {TILE}-key tiles: {balance}"],
+        ["work", f"{len(tiles)} SMs, {TILE}-key tiles: {balance}"],
     ]
     if ragged is not None:
         inside = expected != -torch.inf
