@@ -23,10 +23,11 @@ def decode(problem: Paged, out: torch.Tensor, schedule: torch.Tensor) -> None:
 
 
 @FORMATS
-def test_a_captured_step_is_replayed_on_other_lengths_and_pages(fp4: bool) -> None:
-    problem = Paged([[900], [0], [5000], [64]], fp4=fp4, device="cuda", slots=100)
+@pytest.mark.parametrize("slots", [100, 3])  # few rows, and many
+def test_a_captured_step_is_replayed_on_other_lengths_and_pages(slots: int, fp4: bool) -> None:
+    problem = Paged([[900], [0], [5000], [64]], fp4=fp4, device="cuda", slots=slots)
     out = poisoned(4, 5000, device="cuda")
-    schedule = torch.empty((101, 2), dtype=torch.int32, device="cuda")
+    schedule = torch.empty((slots + 1, 2), dtype=torch.int32, device="cuda")
     decode(problem, out, schedule)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

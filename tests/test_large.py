@@ -54,9 +54,10 @@ def test_a_row_of_a_million_keys_ragged(device: str) -> None:
     check(deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), out=out).cpu(), problem.expected().cpu())
 
 
-def test_a_row_of_a_million_keys_paged(device: str) -> None:
+@pytest.mark.parametrize("slots", [188, 3])
+def test_a_row_of_a_million_keys_paged(slots: int, device: str) -> None:
     problem = Paged([5, 1_000_000, 0, 77], heads=8, dim=32, device=device)
-    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 188)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, slots)
     out = poisoned(4, 1_000_000, device=device)
     check(deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule), out=out).cpu(), problem.expected().cpu())
 

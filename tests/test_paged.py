@@ -152,16 +152,18 @@ def test_a_length_past_the_maximum_stays_inside_the_row(device: str) -> None:
 class TestSchedules:
     """Any schedule that keeps the contract gives the same logits, bit for bit."""
 
-    @pytest.mark.parametrize("slots", [1, 2, 5, 48, 170, 188, 1000])
+    @pytest.mark.parametrize("slots", [1, 2, 4, 5, 48, 170, 188, 1000])
     @FORMATS
     def test_slots(self, slots: int, fp4: bool, device: str) -> None:
         run(Paged([2000, 0, 37, 5000], heads=16, fp4=fp4, slots=slots, device=device))
 
-    def test_poor_balance(self, device: str) -> None:
-        problem = Paged([2000, 0, 37, 5000], heads=16, device=device)
-        everything_last = [[0, 0]] * 9 + [[0, 3], [4, 0]]
-        everything_first = [[0, 0]] + [[4, 0]] * 10
-        in_crumbs = [[0, 0], [0, 1], [0, 1], [0, 7], [2, 0], [3, 0], [3, 1], [3, 19], [4, 0], [4, 0]]
+    @pytest.mark.parametrize("more", [0, 8])  # few rows, which do without it, and as many as there are slots
+    def test_poor_balance(self, more: int, device: str) -> None:
+        problem = Paged([2000, 0, 37, 5000, *[300] * more], heads=16, device=device)
+        end, late = [4 + more, 0], [[8, 1]] if more else []
+        everything_last = [[0, 0]] * 9 + [[0, 3], end]
+        everything_first = [[0, 0]] + [end] * 10
+        in_crumbs = [[0, 0], [0, 1], [0, 1], [0, 7], [2, 0], [3, 0], [3, 1], [3, 19], *late, end, end]
         results = [
             run(problem, torch.tensor(entries, dtype=torch.int32, device=device))
             for entries in (everything_last, everything_first, in_crumbs)

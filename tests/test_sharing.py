@@ -61,9 +61,10 @@ def test_tokens_of_a_request(next_n: int, fp4: bool) -> None:
 
 
 @FORMATS
-def test_more_tokens_than_warps(fp4: bool) -> None:
+@pytest.mark.parametrize("slots", [2, 1])
+def test_more_tokens_than_warps(slots: int, fp4: bool) -> None:
     """They take turns on pieces of the keys: the later turns find them in L1."""
-    problem = Paged([[1024] * 24], next_n=24, heads=16, fp4=fp4, slots=2)
+    problem = Paged([[1024] * 24], next_n=24, heads=16, fp4=fp4, slots=slots)
     assert paged(problem).block_bytes["kv_cache"] == 1024 * BYTES[fp4]
 
 

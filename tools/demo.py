@@ -200,7 +200,7 @@ def tiles_per_sm(context_lens: torch.Tensor, schedule: torch.Tensor) -> torch.Te
     """Tiles of 32 keys that each SM takes: few rows are shared out evenly; many go by the schedule, from each of its
     entries (row, split of 256 keys) to the next."""
     tiles, slots = -(context_lens.amax(dim=1) // -TILE), len(schedule) - 1
-    if few_rows(len(context_lens), slots):
+    if few_rows(*context_lens.shape, slots):
         return torch.bincount(torch.arange(int(tiles.sum())) % slots, minlength=slots)
     before = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])
     return (before[schedule[:, 0].long()] + 256 // TILE * schedule[:, 1]).diff()

@@ -329,7 +329,7 @@ MUTATIONS = {
         "if len(_loaded) «>= → >» _MOST_ON_GPUS:",
         "if «_current_device() == index → True»:",
         "if error and error == _driver().CUresult.CUDA_ERROR_INVALID_«CONTEXT → DEVICE»:",
-        "if settings.get_pdl() and _capability(index) >= («9 → 8», 0):",
+        "if (kernel.follows or settings.get_pdl()) and _capability(index) >= («9 → 8», 0):",
         "if «(kernel, index) not in _loaded → True»:",
         "                    if «_is_capturing(stream) → False»:",
         "if error == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_«IMPLICIT → MERGE»:",

@@ -2,8 +2,8 @@
 //
 // Few     rows (a decode step) of no more tokens than a block takes: the warps of the whole grid share out the tiles of all
 //         rows evenly, each finds its own. A schedule, in splits of 256 keys, is coarser than that, and reading it would be
-//         one more load that others wait for. With one row, three loads wait for each other: length and place, then query and
-//         keys.
+//         one more load that others wait for. With one row, two round trips follow each other: length and place, then query
+//         and keys.
 // Many    rows (a prefill, or a very large batch): blocks take groups of `rows_per_group` neighbouring rows, over the part of
 //         their keys that the schedule gives the slot.
 //
