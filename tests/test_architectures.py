@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import Paged, Ragged, check, poisoned
+from problems import Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120.emulator import recording
@@ -13,6 +13,7 @@ OTHERS = ["sm_89", "sm_90a", "sm_100a", "sm_121f"]
 BLOCK_SCALED_FP8 = "mma.sync.aligned.kind::mxf8f6f4.block_scale.scale_vec::1X.m16n8k32.row.col.f32.e4m3.e4m3.f32.ue8m0"
 PLAIN_FP8 = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
 FP4 = "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::2X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue8m0"
+MXFP8 = BLOCK_SCALED_FP8
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 
 
@@ -51,6 +52,25 @@ def test_the_compiler_has_nothing_to_say(arch: str, layout: dict, fp4: bool) -> 
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = compiler._fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
         assert not error and not log, log
+
+
+@pytest.mark.parametrize("arch", ["sm_120f", *OTHERS])
+@pytest.mark.parametrize("heads, block_kv", [(32, 64), (24, 0)])
+@FORMATS
+def test_sparse_on_other_cards(
+    arch: str, heads: int, block_kv: int, fp4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the MMA knows no scales they are applied to the products of every 32 elements."""
+    monkeypatch.setenv("DG_SM120_ARCH", arch)
+    with recording() as launches:
+        for rows in (4, 150):
+            problem = Sparse(
+                [300, 0, 37, 100][:rows] * -(-rows // 4), width=20, heads=heads, block_kv=block_kv, fp4=fp4
+            )
+            out = poisoned(len(problem.lengths), 160, torch.bfloat16)
+            check(problem.logits(problem.metadata(), out), problem.expected())
+    executed = {opcode for launch in launches for opcode in launch.instructions if opcode.startswith("mma")}
+    assert executed == {(FP4 if fp4 else MXFP8) if arch.startswith("sm_12") else PLAIN_FP8}
 
 
 @pytest.mark.parametrize("choice, opcode", [("plain", PLAIN_FP8), ("block_scaled", BLOCK_SCALED_FP8)])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import POISON, Paged, Ragged, poisoned
+from problems import POISON, Paged, Ragged, Sparse, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import ArgumentError, checks
@@ -373,6 +373,128 @@ def test_nothing_is_differentiated() -> None:
     refused(deep_gemm.fp8_paged_mqa_logits, {**arguments, "out": out}, 6, 100, "out", "requires no grad")
     arguments["weights"].requires_grad_(True)
     assert not deep_gemm.fp8_paged_mqa_logits(**arguments).requires_grad
+
+
+def sparse_arguments(block_kv: int, fp4: bool = True) -> tuple[dict, dict]:
+    """Of a metadata function and of the logits."""
+    problem = Sparse([40, 0, 100], heads=16, block_kv=block_kv, fp4=fp4)
+    ids = torch.zeros(3, dtype=torch.int32)
+    first = (problem.context_lens, problem.block_table, ids, 64) if block_kv else (problem.ks, problem.ke, problem.keys)
+    names = ("context_lens", "block_table", "indices", "page_kv") if block_kv else (
+        "cu_seq_len_k_start", "cu_seq_len_k_end", "num_kv_tokens"
+    )  # fmt: skip
+    plan = dict(zip(names, first), sparse_kv_block_indices=problem.lists, qk_dtype=torch.int8, sparse_block_kv=8)
+    keys = {"kv_cache": problem.kv_cache} if block_kv else {"kv": problem.kv}
+    score = {"q": problem.q, **keys, "weights": problem.weights, "metadata": problem.metadata()}
+    return plan, {**score, "num_max_sparse_blocks": 16, "sparse_block_kv": 8}
+
+
+WRONG_LISTS = [
+    ("sparse_kv_block_indices", lambda lists: lists.long(), "int32"),
+    ("sparse_kv_block_indices", lambda lists: lists[:2], "[3, blocks of a row]"),
+    ("sparse_kv_block_indices", lambda lists: lists[:, :0], "at least one block"),
+    ("sparse_kv_block_indices", lambda lists: strided(lists), "stride 1"),
+    ("sparse_kv_block_indices", lambda lists: None, "None"),
+    ("qk_dtype", lambda dtype: torch.bfloat16, "float8_e4m3fn"),
+    ("sparse_block_kv", lambda block: 12, "multiple of 8"),
+    ("sparse_block_kv", lambda block: 72, "from 8 to 64"),
+    ("sparse_block_kv", lambda block: 8.0, "8.0 (float)"),
+]
+WRONG_PAGED_LISTS = [
+    ("context_lens", lambda lens: lens.long(), "int32"),
+    ("context_lens", lambda lens: lens.tolist(), "int32 tensor"),
+    ("context_lens", lambda lens: strided(lens), "contiguous"),
+    ("block_table", lambda table: table[:2], "[3, columns]"),
+    ("block_table", lambda table: table.long(), "int32"),
+    ("indices", lambda ids: ids[:2], "[3]"),
+    ("page_kv", lambda page: 60, "multiple of 8"),
+    ("page_kv", lambda page: 0, "0 (int)"),
+]
+WRONG_RAGGED_LISTS = [
+    ("cu_seq_len_k_start", lambda ks: ks[None], "int32"),
+    ("cu_seq_len_k_start", lambda ks: ks.long(), "int32"),
+    ("cu_seq_len_k_end", lambda ke: ke[:2], "[3]"),
+    ("num_kv_tokens", lambda keys: -1, "from 0"),
+    ("num_kv_tokens", lambda keys: True, "True (bool)"),
+]
+
+
+@pytest.mark.parametrize(
+    "block_kv, argument, change, word",
+    [(64, *case) for case in WRONG_LISTS + WRONG_PAGED_LISTS]
+    + [(0, *case) for case in WRONG_LISTS + WRONG_RAGGED_LISTS],
+)
+def test_sparse_metadata(block_kv: int, argument: str, change: Callable, word: str) -> None:
+    plan, _ = sparse_arguments(block_kv)
+    function = deep_gemm.get_paged_sparse_mqa_logits_metadata if block_kv else deep_gemm.get_sparse_mqa_logits_metadata
+    plan[argument] = change(plan[argument])
+    with pytest.raises(ArgumentError) as caught:
+        function(**plan)
+    assert argument in str(caught.value) and word in str(caught.value), str(caught.value)
+
+
+def test_sparse_unaligned() -> None:
+    plan, score = sparse_arguments(0)
+    with pytest.raises(ArgumentError, match="use_unaligned_ks"):
+        deep_gemm.get_sparse_mqa_logits_metadata(**plan, use_unaligned_ks=1)
+    with pytest.raises(ArgumentError, match="use_unaligned_ks"):
+        deep_gemm.fp8_fp4_sparse_mqa_logits(**score, use_unaligned_ks=None)
+
+
+WRONG_SPARSE = [
+    ("q", lambda q: q[0], "(values, scales)"),
+    ("q", lambda q: (q[0], None), "(values, scales)"),
+    ("q", lambda q: (q[0].float(), q[1]), "float8_e4m3fn"),
+    ("q", lambda q: (q[0][..., :32].contiguous(), q[1]), "head dim of 128"),
+    ("q", lambda q: (q[0][..., :12, :].contiguous(), q[1]), "8, 16, ... 64 heads"),
+    ("q", lambda q: (q[0], q[1].float()), "q scales"),
+    ("q", lambda q: (q[0], q[1][:2]), "q scales"),
+    ("q", lambda q: tuple(part.to("meta") for part in q), "on the CPU or a CUDA device"),
+    ("weights", lambda w: w[:2], "[3, 16]"),
+    ("weights", lambda w: w.half(), "bfloat16"),
+    ("metadata", lambda m: m[:-1], "bytes one after another"),
+    ("metadata", lambda m: m.view(torch.int32), "uint8"),
+    ("metadata", lambda m: m[None], "[bytes]"),
+    ("metadata", lambda m: strided(m), "one after another"),
+    ("metadata", lambda m: torch.cat([m, m])[8:], "a multiple of 16"),
+    ("metadata", lambda m: torch.zeros(189, 2, dtype=torch.int32), "uint8"),
+    ("metadata", lambda m: None, "None"),
+    ("num_max_sparse_blocks", lambda width: 0, "0 (int)"),
+    ("num_max_sparse_blocks", lambda width: 17, "metadata"),
+    ("sparse_block_kv", lambda block: 4, "from 8"),
+    ("out", lambda out: torch.zeros(3, 128), "bfloat16"),
+    ("out", lambda out: torch.zeros(3, 127, dtype=torch.bfloat16), "[3, 128]"),
+]
+WRONG_SPARSE_PAGED = [
+    ("kv_cache", lambda kv: kv[..., :64], "68"),
+    ("kv_cache", lambda kv: kv[:, :60], "multiple of 8 keys"),
+    ("kv_cache", lambda kv: kv.transpose(0, 1).contiguous().transpose(0, 1), "whole pages"),
+    ("q", lambda q: (q[0].expand(3, 2, 16, 64).contiguous(), q[1]), "[seq_len, 1, heads"),
+]
+WRONG_SPARSE_RAGGED = [
+    ("kv", lambda kv: kv[0], "(keys, scales)"),
+    ("kv", lambda kv: (kv[0], kv[1].float()), "int32"),
+    ("kv", lambda kv: (kv[0], kv[1][:-1]), "kv scales"),
+]
+
+
+@pytest.mark.parametrize(
+    "block_kv, argument, change, word",
+    [(64, *case) for case in WRONG_SPARSE + WRONG_SPARSE_PAGED]
+    + [(0, *case) for case in WRONG_SPARSE + WRONG_SPARSE_RAGGED],
+)
+def test_sparse(block_kv: int, argument: str, change: Callable, word: str) -> None:
+    _, score = sparse_arguments(block_kv)
+    function = deep_gemm.fp8_fp4_paged_sparse_mqa_logits if block_kv else deep_gemm.fp8_fp4_sparse_mqa_logits
+    score["out"] = out = poisoned(3, 128, torch.bfloat16)
+    score[argument] = change(score[argument])
+    with pytest.raises(ArgumentError) as caught:
+        function(**score)
+    named = "metadata" if argument == "num_max_sparse_blocks" else argument
+    assert (named in str(caught.value) or argument in str(caught.value)) and word in str(caught.value), str(
+        caught.value
+    )
+    assert (out == POISON).all()
 
 
 def test_num_sms() -> None:

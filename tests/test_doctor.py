@@ -28,7 +28,7 @@ def test_the_report_has_every_section_and_a_self_test_that_passes(
         assert f"\n{title}" in f"\n{text}"
     assert deep_gemm.__version__ in text and torch.__version__ in text
     assert "DG_SM120_FORCE=0" in text
-    assert text.count(": ok, ") == 4 * (1 + torch.cuda.device_count())
+    assert text.count(": ok, ") == 5 * (1 + torch.cuda.device_count())
 
 
 def test_the_self_test_notices_wrong_logits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

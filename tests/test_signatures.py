@@ -3,7 +3,7 @@ expects, and a call that fits neither is refused."""
 
 import pytest
 import torch
-from problems import POISON, Paged, Ragged, check, poisoned
+from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import ArgumentError
@@ -111,6 +111,40 @@ def test_fp8_ragged(ragged: tuple[Calls, tuple]) -> None:
     calls.same(function, q, kv, weights, cu_seq_len_k_start=ks, cu_seq_len_k_end=ke)
 
 
+@pytest.mark.parametrize("block_kv", [64, 0])
+def test_sparse(block_kv: int) -> None:
+    """By position and by keyword."""
+    problem = Sparse([40, 0, 100], heads=16, block_kv=block_kv, weights_dtype=torch.float32)
+    ids, lists = torch.zeros(3, dtype=torch.int32), problem.lists
+    if block_kv:
+        make, score = deep_gemm.get_paged_sparse_mqa_logits_metadata, deep_gemm.fp8_fp4_paged_sparse_mqa_logits
+        names = "context_lens", "block_table", "indices", "page_kv"
+        first = (problem.context_lens, problem.block_table, ids, 64)
+        keys = {"kv_cache": problem.kv_cache}
+    else:
+        make, score = deep_gemm.get_sparse_mqa_logits_metadata, deep_gemm.fp8_fp4_sparse_mqa_logits
+        names = "cu_seq_len_k_start", "cu_seq_len_k_end", "num_kv_tokens"
+        first = (problem.ks, problem.ke, problem.keys)
+        keys = {"kv": problem.kv}
+    by_name = dict(zip(names, first), sparse_kv_block_indices=lists, qk_dtype=torch.int8, sparse_block_kv=8)
+    metadata = make(*first, lists, torch.int8, 8)
+    for call in (
+        lambda out: score(problem.q, *keys.values(), problem.weights, metadata, 16, 8, out=out),
+        lambda out: score(
+            q=list(problem.q),
+            **keys,
+            weights=problem.weights,
+            metadata=make(**by_name),
+            num_max_sparse_blocks=16,
+            sparse_block_kv=8,
+            out=out,
+        ),  # fmt: skip
+    ):
+        out = poisoned(3, 128, torch.bfloat16)
+        assert call(out) is out
+        check(out, problem.expected())
+
+
 def test_contradictions_are_refused(paged: tuple[Calls, tuple], ragged: tuple[Calls, tuple]) -> None:
     _, seven = paged
     _, five = ragged
@@ -174,6 +208,32 @@ class TestSGLang:
         inside = problem.expected().cpu() != -torch.inf
         check(torch.where(inside, logits.cpu(), POISON), problem.expected().cpu())
 
+    @pytest.mark.parametrize("page", [64, 128])
+    def test_v41_decode(self, page: int, device: str) -> None:
+        """The candidate source scores densely in fp32, the layers after it what it has listed, in bf16."""
+        problem = Sparse([900, 0, 4000], width=64, block_kv=page, device=device)
+        seq_lens, page_table = problem.context_lens, problem.block_table
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(seq_lens.unsqueeze(-1), page, deep_gemm.get_num_sms())
+        dense = deep_gemm.fp8_fp4_paged_mqa_logits(
+            problem.q, problem.kv_cache, problem.weights.float(), seq_lens.unsqueeze(-1), page_table, schedule, 4096,
+            False, logits_dtype=torch.float32,
+        )  # fmt: skip
+        request_ids = torch.arange(3, dtype=torch.int32, device=device)
+        sparse_schedule = deep_gemm.get_paged_sparse_mqa_logits_metadata(
+            seq_lens.contiguous(), page_table, request_ids, page, problem.lists, torch.int8, 8
+        )
+        larger = torch.empty(sparse_schedule.numel() + 1000, dtype=torch.uint8, device=device)
+        larger[: sparse_schedule.shape[0]].copy_(sparse_schedule)
+        q_fp4, q_sf = problem.q
+        logits = deep_gemm.fp8_fp4_paged_sparse_mqa_logits(
+            (q_fp4, q_sf), problem.kv_cache, problem.weights, larger, 64, 8
+        )
+        assert logits.dtype == torch.bfloat16 and logits.shape == (3, 512) and logits.stride(0) % 512 == 0
+        expected = problem.expected().cpu()
+        check(torch.where(expected != -torch.inf, logits.cpu(), POISON), expected)
+        listed = problem.lists[2].long()
+        assert torch.equal(dense[2].view(-1, 8)[listed].bfloat16().flatten()[:504], logits[2, :504])
+
 
 class TestVLLM:
     """vLLM 0.33.0: q is always a pair, paged takes seven arguments and at most `indices` by name, ragged takes
@@ -206,4 +266,42 @@ class TestVLLM:
         logits = deep_gemm.fp8_fp4_mqa_logits(q if fp4 else (q, None), kv, weights, ks, ke, 20)
         assert logits.shape == (3, 20)
         expected = problem.expected(20).cpu()
+        check(torch.where(expected != -torch.inf, logits.cpu(), POISON), expected)
+
+    @pytest.mark.parametrize("stride", [0, 8704 * 3])
+    def test_v41_decode(self, stride: int, device: str) -> None:
+        """Pages of 128, far apart: other layers' lie between. The default is dense, with the rest masked."""
+        problem = Sparse([900, 901, 0, 130], width=64, block_kv=128, padding=stride, tail="last", device=device)
+        lens, indices = problem.context_lens.view(-1, 1), torch.tensor([0, 0, 1, 2], dtype=torch.int32, device=device)
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(lens, 128, 170, indices=indices)
+        dense = deep_gemm.fp8_fp4_paged_mqa_logits(
+            problem.q,
+            problem.kv_cache,
+            problem.weights.float(),
+            lens,
+            problem.block_table,
+            schedule,
+            1024,
+            indices=indices,
+        )
+        metadata = deep_gemm.get_paged_sparse_mqa_logits_metadata(
+            lens, problem.block_table, indices, 128, problem.lists, torch.int8, 8
+        )
+        logits = deep_gemm.fp8_fp4_paged_sparse_mqa_logits(
+            problem.q, problem.kv_cache, problem.weights, metadata, 64, 8
+        )
+        expected = problem.expected().cpu()
+        check(torch.where(expected != -torch.inf, logits.cpu(), POISON), expected)
+        listed = problem.lists[0].long()
+        assert torch.equal(dense[0].view(-1, 8)[listed].bfloat16().flatten()[:504], logits[0, :504])
+
+    def test_v41_prefill(self, device: str) -> None:
+        problem = Sparse([90, 91, 400], block_kv=0, starts=[3, 3, 0], unaligned=True, tail="last", device=device)
+        metadata = deep_gemm.get_sparse_mqa_logits_metadata(
+            problem.ks, problem.ke, problem.keys, problem.lists, torch.int8, 8, use_unaligned_ks=True
+        )
+        logits = deep_gemm.fp8_fp4_sparse_mqa_logits(
+            problem.q, problem.kv, problem.weights, metadata, 16, 8, use_unaligned_ks=True
+        )
+        expected = problem.expected().cpu()
         check(torch.where(expected != -torch.inf, logits.cpu(), POISON), expected)

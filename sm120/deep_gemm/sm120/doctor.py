@@ -115,11 +115,11 @@ def _self_test(device: torch.device) -> tuple[bool, list[str]]:
     if not deep_gemm._is_ours(device):
         return True, [f"{device}: upstream's device"]
     passed, lines = True, []
-    for title, run in _cases(device):
+    for title, allowed, run in _cases(device):
         start = time.perf_counter()
         try:
             error = run()
-            good = error < 1e-6
+            good = error < allowed
             verdict = f"{'ok' if good else 'WRONG'}, relative error {error:.1e}, {time.perf_counter() - start:.1f} s"
         except Exception as problem:
             good, verdict = False, f"FAILED, {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
@@ -128,11 +128,13 @@ def _self_test(device: torch.device) -> tuple[bool, list[str]]:
     return passed, lines
 
 
-def _cases(device: torch.device) -> Iterator[tuple[str, Callable[[], float]]]:
+def _cases(device: torch.device) -> Iterator[tuple[str, float, Callable[[], float]]]:
+    """What is run, how far off it may be, and how."""
     for fp4 in (False, True):
         name = "FP4" if fp4 else "FP8"
-        yield f"{name} paged", lambda fp4=fp4: _paged_error(fp4, device)
-        yield f"{name} ragged", lambda fp4=fp4: _ragged_error(fp4, device)
+        yield f"{name} paged", 1e-6, lambda fp4=fp4: _paged_error(fp4, device)
+        yield f"{name} ragged", 1e-6, lambda fp4=fp4: _ragged_error(fp4, device)
+    yield "FP4 sparse", 2**-8, lambda: _sparse_error(device)  # bf16
 
 
 def _paged_error(fp4: bool, device: torch.device) -> float:
@@ -159,6 +161,20 @@ def _ragged_error(fp4: bool, device: torch.device) -> float:
     function = deep_gemm.fp8_fp4_mqa_logits if fp4 else deep_gemm.fp8_mqa_logits
     got = function(query, kv, weights, starts, ends, clean_logits=True)
     return _distance(got, reference.ragged_logits(query, kv, weights, starts, ends))
+
+
+def _sparse_error(device: torch.device) -> float:
+    heads, dim, keys, width, block = 32, 128, 400, 20, 8
+    query, kv = _random((3, heads, dim), True, device), _random((keys, dim), True, device)
+    weights = torch.randn(3, heads, device=device).bfloat16()
+    starts = torch.zeros(3, dtype=torch.int32, device=device)
+    ends = torch.tensor([0, 37, 400], dtype=torch.int32, device=device)
+    lists = torch.stack([torch.randperm(max(1, -(-int(end) // block))).repeat(width)[:width] for end in ends])
+    lists = lists.to(device, torch.int32)
+    metadata = deep_gemm.get_sparse_mqa_logits_metadata(starts, ends, keys, lists, torch.int8, block)
+    got = torch.full((3, width * block), -torch.inf, dtype=torch.bfloat16, device=device)
+    deep_gemm.fp8_fp4_sparse_mqa_logits(query, kv, weights, metadata, width, block, out=got)
+    return _distance(got, reference.ragged_sparse_logits(query, kv, weights, starts, ends, lists, block))
 
 
 def _random(shape: tuple[int, ...], fp4: bool, device: torch.device, scaled: bool = True):

@@ -11,7 +11,7 @@ import torch
 from . import checks
 from .arguments import DIMS
 from .jit import Kernel, architecture_of, load, shipped
-from .kernels import clean, logits, metadata
+from .kernels import clean, logits, metadata, sparse
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SHIPPED_ARCHITECTURE = "sm_120f"
@@ -26,6 +26,7 @@ def warmup(
     next_n: int = 1,
     paged: bool = True,
     ragged: bool = True,
+    sparse_block_kv: int = 0,
     weights_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype = torch.float32,
     alignment: int = 32,
@@ -37,6 +38,8 @@ def warmup(
     heads, dim, block_kv, fp4    as in the functions' arguments
     next_n                       the most query tokens of a request
     paged, ragged                for which of the functions
+    sparse_block_kv              for the sparse functions too, with blocks of so many keys and bf16 weights; 0: not for
+                                 them. DeepSeek-V4.1: heads=32, fp4=True, sparse_block_kv=8
     weights_dtype, logits_dtype  float32 or bfloat16
     alignment                    bytes, 4 to 32: where q, keys and pages begin. PyTorch's allocations have 32; less if
                                  yours are carved out of a larger one
@@ -51,10 +54,15 @@ def warmup(
     _among("logits_dtype", logits_dtype, _DTYPES)
     _among("alignment", alignment, (4, 8, 16, 32))
     checks.integer("next_n", next_n, 1)
+    _among("sparse_block_kv", sparse_block_kv, range(0, 65, 8))
     place = _device(device)
-    kernels = _kernels(
-        architecture_of(place), heads, dim, block_kv, fp4, next_n, paged, ragged, weights_dtype, logits_dtype, alignment
-    )
+    arch = architecture_of(place)
+    kernels = _kernels(arch, heads, dim, block_kv, fp4, next_n, paged, ragged, weights_dtype, logits_dtype, alignment)
+    if sparse_block_kv:
+        if dim != 128 or block_kv % sparse_block_kv:
+            checks.refuse("sparse_block_kv", sparse_block_kv, "dim = 128, and pages of a multiple of the block")
+        pages = (block_kv,) * paged + (0,) * ragged
+        kernels += _sparse_kernels(arch, heads, pages, fp4, sparse_block_kv, alignment)
     for kernel in kernels:
         load(kernel, place)
     return [kernel.name for kernel in kernels]
@@ -76,6 +84,21 @@ def _kernels(
     return kernels
 
 
+def _sparse_kernels(
+    arch: str, heads: int, pages: tuple[int, ...], fp4: bool, block: int, alignment: int
+) -> list[Kernel]:
+    """`pages` are keys of a page each, or 0: ragged."""
+    bf16 = torch.bfloat16
+    return [
+        sparse.METADATA,
+        *(
+            logits.configure(arch, fp4, heads, 128, page, bf16, bf16, few, alignment=alignment, block=block).kernel
+            for page in pages
+            for few in (True, False)
+        ),
+    ]
+
+
 def _among(argument: str, value: Any, choices: Sequence) -> None:
     if value not in choices:
         checks.refuse(argument, value, f"one of {', '.join(map(str, choices[:4]))}{', ...' if choices[4:] else ''}")
@@ -91,13 +114,16 @@ def _device(device: torch.device | str | int | None) -> torch.device:
 
 
 def ship(folder: Path) -> None:
-    """Compiles the models' common sizes into `folder`, in a wheel that is being built: pages of 64, fp32 weights."""
-    kernels = itertools.chain.from_iterable(
-        _kernels(_SHIPPED_ARCHITECTURE, heads, 128, 64, fp4, 4, True, True, torch.float32, dtype, 32)
-        for heads in (64, 32, 16)
-        for fp4 in (False, True)
+    """Compiles the models' common sizes into `folder`, in a wheel that is being built: pages of 64, fp32 weights; for
+    DeepSeek-V4.1 (32 heads of FP4) pages of 128 as well, and sparse logits of blocks of 8."""
+    arch = _SHIPPED_ARCHITECTURE
+    kernels = [
+        kernel
+        for heads, fp4, page in (*itertools.product((64, 32, 16), (False, True), (64,)), (32, True, 128))
         for dtype in _DTYPES
-    )
+        for kernel in _kernels(arch, heads, 128, page, fp4, 4, True, True, torch.float32, dtype, 32)
+    ]
+    kernels += _sparse_kernels(arch, 32, (64, 128, 0), True, 8, 32)
     distinct = list(dict.fromkeys(kernels))
-    size = shipped.write(folder, distinct, _SHIPPED_ARCHITECTURE)
-    print(f"{len(distinct)} kernels for {_SHIPPED_ARCHITECTURE}, {size >> 10} KiB")
+    size = shipped.write(folder, distinct, arch)
+    print(f"{len(distinct)} kernels for {arch}, {size >> 10} KiB")
