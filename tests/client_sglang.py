@@ -342,8 +342,6 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["fused", "one by one", "fused fails"])
 def ways(request, monkeypatch: pytest.MonkeyPatch, kept, sm120_device: Calls) -> set[str]:
     """How decode goes: logits and top-k in one; without that function; and with one that raises. The names called."""
-    if request.param != "one by one" and not hasattr(sm120, plugin.FUSED):
-        pytest.skip(f"{plugin.FUSED} is not there yet")
     if request.param == "fused":
         return {plugin.FUSED}
     if request.param == "one by one":
@@ -1017,8 +1015,6 @@ def test_what_the_plugin_adds_to_top_k(monkeypatch, sm120_device) -> None:
 
 def test_what_the_plugin_adds_to_logits_and_top_k(monkeypatch, sm120_device) -> None:
     """The same for a layer's whole way: the context around it, the logits that wait, the choice."""
-    if not hasattr(sm120, plugin.FUSED):
-        pytest.skip(f"{plugin.FUSED} is not there yet")
     monkeypatch.setattr(sm120, plugin.FUSED, lambda *args, **kwargs: None)
     (around,) = [hook for hook in plugin.PLUGIN.hooks if hook.path.endswith("forward_c4_indexer")]
     lens, table, out = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 4), torch.zeros(2, 4)
