@@ -51,7 +51,7 @@ def topk(
     k            1 to 2,048
     starts       int32 [rows]; without it 0. Positions count from there
     block_table  int32 [rows, columns], stride 1 in the last dimension: position p becomes
-                 block_table[row, p // page] * page + p % page
+                 block_table[row, p // page] * page + p % page; pages past its columns are taken for the last one
     page         keys of a page
     offset       int32 [rows], added to the results of each row
     out          int32 [rows, k] of any row stride, written and returned
@@ -112,8 +112,8 @@ def candidate_blocks(
     context_lens  int32, `rows` elements of any rank, contiguous: keys of each row, in ceil(keys / block) blocks
     width         of the lists, 1 to 2,048
     block         keys of a block
-    block_table   int32 [rows, pages], stride 1 in the last dimension, and
-    page          keys of a page, a multiple of `block`: only for `pages`
+    block_table   int32 [rows, columns], stride 1 in the last dimension, and
+    page          keys of a page, a multiple of `block`: only for `pages`. Pages past the columns are taken for the last
     out           int32 [rows, width] of any row stride, written and returned
     pages         int32 [rows, width], written: block b as block_table[row, b // n] * n + b % n with n = page / block,
                   which is its place in the cache, in blocks

@@ -30,6 +30,7 @@ class TopkParams(ctypes.Structure):
         ("page", ctypes.c_int32),
         ("page_shift", ctypes.c_int32),
         ("tokens", ctypes.c_int32),
+        ("table_columns", ctypes.c_int32),
         ("table", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -151,7 +152,7 @@ def topk(
     outputs = {"out": out}
     p.out, p.out_stride = out.data_ptr(), out.stride()[0]
     if block_table is not None:
-        p.table, p.table_stride = block_table.data_ptr(), block_table.stride()[0]
+        p.table, p.table_stride, p.table_columns = block_table.data_ptr(), block_table.stride()[0], block_table.shape[1]
     if offset is not None:
         p.offset = offset.data_ptr()
     if positions is not None:
