@@ -185,3 +185,25 @@ def test_quantized_numbers_are_the_nearest() -> None:
     nearest = (grid - numbers.unsqueeze(-1)).abs().amin(dim=-1)
     torch.testing.assert_close((fp4 - numbers).abs(), nearest)
     assert (numbers.abs() <= 6 * steps).all() and (numbers.abs().view(50, 4, 32).amax(2) > 3 * steps[:, ::32]).all()
+
+
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_the_choice(run, next_n: int) -> None:
+    status, printed = run("--topk", "--keys", "37", "700", "--heads", "8", "--next-n", str(next_n))
+    assert status == 0, printed
+    assert cells(printed, "top 512") == [f"{2 * next_n} of {2 * next_n} tokens choose exactly"]
+    assert len(cells(printed, "logits and top 512")) == 5
+
+
+def test_a_wrong_choice_is_a_failure(run, monkeypatch) -> None:
+    right = deep_gemm.sm120.fp8_fp4_paged_mqa_topk
+
+    def wrong(*arguments):
+        out = right(*arguments)
+        out[1, 7] = out[1, 8]
+        return out
+
+    monkeypatch.setattr(deep_gemm.sm120, "fp8_fp4_paged_mqa_topk", wrong)
+    status, printed = run("--topk", "--keys", "37", "700", "--heads", "8")
+    assert status == 1
+    assert "top 512: 1 of 2 tokens choose exactly" in printed

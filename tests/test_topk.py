@@ -156,6 +156,13 @@ def test_any_values_in_one_part(fill: str, columns: int, k: int, device: str, on
     check(FILLS[fill](2, columns), [columns, columns - 77], k, device=device)
 
 
+@pytest.mark.parametrize("fill", FILLS)
+def test_any_values_in_parts_of_several_pieces(fill: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_num_sms", 2)
+    assert kernels.configure(torch.float32, 600, 2, 14000, 2)[1] == 2
+    check(FILLS[fill](2, 14000), [14000, 13923], 600, device=device)
+
+
 @pytest.mark.parametrize("columns, k", [(5000, 700), (11000, 512)])
 @pytest.mark.parametrize("fill", FILLS)
 def test_any_values_in_bf16(fill: str, columns: int, k: int, device: str) -> None:
@@ -171,8 +178,9 @@ def test_the_rests_are_looked_at_only_where_they_matter() -> None:
             sm120.topk(logits, torch.tensor([11000], dtype=torch.int32), 2048)
         return launches[1].bytes_read["workspace"]
 
-    config = kernels.configure(torch.float32, 2048, 1, 188)
-    fronts = 8 * (3 + config.fronts // 3 * 3)
+    config, parts = kernels.configure(torch.float32, 2048, 1, 11000, 188)
+    assert parts > 1
+    fronts = 8 * (parts + config.fronts // parts * parts)
     assert read("normal") == fronts
     assert read("one part has them all") > fronts
 

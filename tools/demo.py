@@ -2,12 +2,14 @@
 
     python tools/demo.py                      decode: 4 requests with 0, 37, 4,096 and 16,384 compressed keys
     python tools/demo.py --prefill            384 neighbouring tokens of one prompt, paged and ragged
+    python tools/demo.py --topk               and the 512 keys that each token attends to, logits and choice in one call
     python tools/demo.py --fp4 --save fp4.png
 
 Runs on the GPU; without one, or with --arch, in the PTX emulator. Shows what compiling took, how evenly the keys are
 shared out, what each step cost (bytes are those that lanes asked global memory for), and how far the logits and their
 top 512 are from the reference's. Exits with 1 if an error exceeds 1e-6, a top 512 differs by more than ties,
-or paged and ragged logits differ at all. Inputs are random; what fails says with which --seed.
+paged and ragged logits differ at all, or a choice is not exactly the stable top 512 of the logits. Inputs are
+random; what fails says with which --seed.
 """
 
 import argparse
@@ -77,6 +79,11 @@ class Step:
         if self.query[1] is None:
             return deep_gemm.fp8_paged_mqa_logits(self.query[0], *rest)
         return deep_gemm.fp8_fp4_paged_mqa_logits(self.query, *rest)
+
+    def choose(self, schedule: torch.Tensor) -> torch.Tensor:
+        query = self.query[0] if self.query[1] is None else self.query
+        rest = (self.kv_cache, self.weights, self.context_lens, self.block_table, schedule, self.columns)
+        return deep_gemm.sm120.fp8_fp4_paged_mqa_topk(query, *rest, TOP)
 
     def ragged(self, function: Callable = deep_gemm.fp8_fp4_mqa_logits) -> torch.Tensor:
         """The same logits, without pages: from the ragged function, or from the reference."""
@@ -263,6 +270,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fp4", action="store_true", help="FP4 queries and keys instead of FP8")
     parser.add_argument("--prefill", type=int, nargs="?", const=384, metavar="TOKENS", help="a piece of a prompt (384)")
+    parser.add_argument("--topk", action="store_true", help=f"choose each token's {TOP} keys as well")
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 37, 4096, 16384], help="of each decoding request")
     parser.add_argument("--next-n", type=int, default=1, metavar="N", help="query tokens of each decoding request (1)")
     parser.add_argument("--heads", type=int, choices=range(8, 65, 8), default=64, help="(64)")
@@ -296,11 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory() as empty_cache,
     ):
         os.environ.setdefault("DG_JIT_CACHE_DIR", empty_cache)
-        bench = Bench(progress, total=6 if args.prefill else 5)
+        bench = Bench(progress, total=5 + bool(args.prefill) + args.topk)
         step = bench.run("inputs", make_step, args, torch.device("cuda" if gpu else "cpu"))
         bench.run("compile", first_call, step, bool(args.prefill))
         schedule = bench.run("plan", step.plan, deep_gemm.get_num_sms())
         logits = bench.run("paged logits", step.paged, schedule).cpu()
+        chosen = bench.run(f"logits and top {TOP}", step.choose, schedule).cpu() if args.topk else None
         ragged = bench.run("ragged logits", step.ragged).cpu() if args.prefill else None
         expected = bench.run("reference", step.ragged, reference.ragged_logits).cpu()
 
@@ -318,6 +327,11 @@ def main(arguments: list[str] | None = None) -> int:
         failures += [] if torch.equal(logits[inside], ragged[inside]) else [": ".join(facts[-1])]
 
     comparisons, lens = [], step.context_lens.flatten().cpu()
+    if chosen is not None:
+        exact = reference.topk(logits, lens.tolist(), TOP)
+        wrong = sum(sorted(row[row >= 0].tolist()) != want for row, want in zip(chosen, exact))
+        facts.append([f"top {TOP}", f"{len(exact) - wrong:,} of {len(exact):,} tokens choose exactly"])
+        failures += [": ".join(facts[-1])] if wrong else []
     size = -(len(lens) // -4) if args.prefill else args.next_n  # rows compared together: a quarter, or a request
     for first in range(0, len(lens), size):
         rows = slice(first, min(first + size, len(lens)))

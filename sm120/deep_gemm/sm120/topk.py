@@ -51,7 +51,7 @@ def topk(
     k            1 to 2,048
     starts       int32 [rows]; without it 0. Positions count from there
     block_table  int32 [rows, columns], stride 1 in the last dimension: position p becomes
-                 block_table[row, p // page] * page + p % page
+                 block_table[row, p // page] * page + p % page; pages past its columns are taken for the last one
     page         keys of a page
     offset       int32 [rows], added to the results of each row
     out          int32 [rows, k] of any row stride, written and returned
@@ -79,9 +79,7 @@ def topk(
     if rows == 0:
         return out
 
-    num_sms = sms_to_use(device)
-    config = kernels.configure(logits.dtype, k, rows, num_sms)
-    parts = kernels.parts(config, rows, columns, num_sms)
+    config, parts = kernels.configure(logits.dtype, k, rows, columns, sms_to_use(device))
     starts_pointer = None if starts is None else starts.data_ptr()
     kernels.topk(
         config, parts,
@@ -112,8 +110,8 @@ def candidate_blocks(
     context_lens  int32, `rows` elements of any rank, contiguous: keys of each row, in ceil(keys / block) blocks
     width         of the lists, 1 to 2,048
     block         keys of a block
-    block_table   int32 [rows, pages], stride 1 in the last dimension, and
-    page          keys of a page, a multiple of `block`: only for `pages`
+    block_table   int32 [rows, columns], stride 1 in the last dimension, and
+    page          keys of a page, a multiple of `block`: only for `pages`. Pages past the columns are taken for the last
     out           int32 [rows, width] of any row stride, written and returned
     pages         int32 [rows, width], written: block b as block_table[row, b // n] * n + b % n with n = page / block,
                   which is its place in the cache, in blocks
@@ -147,9 +145,7 @@ def candidate_blocks(
     if rows == 0:
         return out
 
-    num_sms = sms_to_use(device)
-    config = kernels.configure(torch.float32, width, rows, num_sms, ascending=True)
-    parts = kernels.parts(config, rows, columns, num_sms)
+    config, parts = kernels.configure(torch.float32, width, rows, columns, sms_to_use(device), ascending=True)
     kernels.topk(
         config, parts,
         logits=block_max, windows=Windows(None, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
@@ -309,10 +305,9 @@ class _Plan:
         if rows >= 2 * num_sms and columns:
             fit = max(_LEAST_ROWS, rows * _LOGITS_BYTES // (4 * self.stride))
             self.step = min(rows, max(1, fit // next_n) * next_n)
-        self.config = kernels.configure(torch.float32, k, self.step, num_sms)
-        self.parts = kernels.parts(self.config, self.step, columns, num_sms) if rows else 1
+        self.config, self.parts = kernels.configure(torch.float32, k, max(self.step, 1), columns, num_sms)
         self.logits_bytes = 4 * self.step * self.stride
-        self.bytes = self.logits_bytes + (kernels.workspace_bytes(self.config, self.step, self.parts) if rows else 0)
+        self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, self.step, self.parts)
 
     def turns(self) -> Iterator[tuple[int, int]]:
         for first in range(0, self.rows, self.step):
@@ -349,9 +344,8 @@ def topk_workspace_bytes(
         refuse("dtype", dtype, "torch.float32 or torch.bfloat16")
     if rows == 0:
         return 0
-    num_sms = sms_to_use(_device(device))
-    config = kernels.configure(dtype, k, rows, num_sms)
-    return kernels.workspace_bytes(config, rows, kernels.parts(config, rows, columns, num_sms))
+    config, parts = kernels.configure(dtype, k, rows, columns, sms_to_use(_device(device)))
+    return kernels.workspace_bytes(config, rows, parts)
 
 
 def _cut(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

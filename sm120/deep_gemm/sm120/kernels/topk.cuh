@@ -40,6 +40,7 @@ struct TopkParams {
     int page;                // keys of a page; 1 without a table
     int page_shift;          // its logarithm, or -1
     int tokens;              // rows that share a row of the table
+    int table_columns;       // pages that a row of the table has
     const int* table;        // [rows / tokens][table_stride] pages, or null
     const int* offset;       // [rows] what is added, or null
     int* out;                // [rows][out_stride]
@@ -230,13 +231,18 @@ struct Choice {
         __syncthreads();
         uint2 others[kTies / 32];
         #pragma unroll
-        for (int i = 0; i < kTies / 32; ++i) others[i] = 32 * i + lane < inside ? memory.ties[32 * i + lane] : uint2{kNothing, 0};
+        for (int i = 0; i < kTies / 32; ++i) {
+            others[i] = {kNothing, 0};
+            if (32 * i < inside && 32 * i + lane < inside) others[i] = memory.ties[32 * i + lane];
+        }
         #pragma unroll 1
         for (int i = warp; i < inside; i += kWarps) {
             const uint2 tie = memory.ties[i];
             int above = 0;
             #pragma unroll
-            for (const uint2& other : others) {
+            for (int j = 0; j < kTies / 32; ++j) {
+                if (32 * j >= inside) break;
+                const uint2 other = others[j];
                 above += __popc(__ballot_sync(kAllLanes, other.x > tie.x || (other.x == tie.x && other.y > tie.y)));
             }
             if (above != want - 1) continue;
@@ -480,11 +486,14 @@ struct Row {
 
     __device__ const int* pages() const { return p.table + (p.tokens > 1 ? row / p.tokens : row) * p.table_stride; }
 
+    // Lengths may promise more pages than the table has: those are taken for its last one.
+    __device__ int column_of(int page) const { return min(page, p.table_columns - 1); }
+
     // The row's pages are on their way to L1 while there is nothing else to do.
     __device__ void fetch_pages() const {
         constexpr int kLine = 32;
         if (!p.table) return;
-        const int last = page_of(length - 1);
+        const int last = column_of(page_of(length - 1));
         for (int i = threadIdx.x * kLine; i <= last; i += blockDim.x * kLine) {
             ptx::load_word(pages() + i);
         }
@@ -495,7 +504,8 @@ struct Row {
         int place = position;
         if (any && p.table) {
             const int page = page_of(position);
-            place = int(ptx::load_word(pages() + page)) * p.page + (place - page * p.page);
+            const uint32 found = p.table_columns > 0 ? ptx::load_word(pages() + column_of(page)) : 0;
+            place = found * p.page + (position - page * p.page);
         }
         if (any && p.offset) place += int(ptx::load_word(p.offset + row));
         p.out[row * p.out_stride + at] = any ? place : p.nowhere;

@@ -10,8 +10,8 @@ import torch
 from ..jit import Kernel, launch
 from .windows import Windows
 
-_THREADS = 512
 _MOST_PARTS = 64
+_MERGE_THREADS = 512
 
 
 class TopkParams(ctypes.Structure):
@@ -30,6 +30,7 @@ class TopkParams(ctypes.Structure):
         ("page", ctypes.c_int32),
         ("page_shift", ctypes.c_int32),
         ("tokens", ctypes.c_int32),
+        ("table_columns", ctypes.c_int32),
         ("table", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -58,7 +59,7 @@ class Config:
     dtype: torch.dtype
     most: int
     ascending: bool = False
-    threads: int = _THREADS
+    threads: int = 512
     vectors: int = 2  # of 16 bytes, of a piece in a lane
     blocks: int = 2  # of an SM
 
@@ -86,8 +87,8 @@ class Config:
 
     @cached_property
     def merge(self) -> Kernel:
-        body = f"    merge<{_THREADS}, {self.fronts}, {self.capacity}, {self.share}"
-        return self._kernel(f"topk_merge_k{self.most}", body, _THREADS, follows=True)
+        body = f"    merge<{_MERGE_THREADS}, {self.fronts}, {self.capacity}, {self.share}"
+        return self._kernel(f"topk_merge_k{self.most}_s{self.share}", body, _MERGE_THREADS, follows=True)
 
     def _kernel(self, name: str, body: str, threads: int, blocks: int = 1, follows: bool = False) -> Kernel:
         ascending = ("_ascending", "true") if self.ascending else ("", "false")
@@ -98,17 +99,34 @@ class Config:
 _config = cache(Config)
 
 
-def configure(dtype: torch.dtype, k: int, rows: int, num_sms: int, ascending: bool = False) -> Config:
-    """The configuration for `rows` rows of logits of `dtype` and the `k` largest of each."""
+def configure(
+    dtype: torch.dtype, k: int, rows: int, columns: int, num_sms: int, ascending: bool = False
+) -> tuple[Config, int]:
+    """The configuration for the `k` largest of each row of logits [rows, columns], and in how many parts a row is split
+    at most, so that few rows fill the chip. Chosen by times on an H100, 25 Nov 2026: docs/performance.md."""
     most = next(most for most in (512, 1024, 2048) if k <= most)
-    if rows < 2 * num_sms:
-        return _config(dtype, most, ascending)
-    return _config(dtype, most, ascending, threads=256, blocks=4)
 
+    def form(threads: int, vectors: int, blocks: int) -> tuple[Config, int]:
+        config = _config(dtype, most, ascending, threads, vectors, blocks)
+        return config, -(-columns // config.share)
 
-def parts(config: Config, rows: int, columns: int, num_sms: int) -> int:
-    """In how many parts the keys of a row are split at most, so that few rows fill the chip."""
-    return max(1, min(config.blocks * num_sms // rows, -(-columns // config.share), _MOST_PARTS))
+    if rows >= 2 * num_sms:
+        config, pieces = form(256, 1, 6)
+        return (config if pieces <= 1 else form(256, 2, 4)[0]), 1
+    small, pieces = form(512, 1, 2)  # 2,048 keys a piece in fp32
+    if pieces <= 1:
+        return small, 1
+    if pieces <= 2:
+        return form(512, 2, 2)[0], 1
+    if pieces <= 4 and rows <= num_sms:
+        return form(1024, 2, 1)[0], 1
+    if pieces <= _MOST_PARTS and rows * pieces <= 2 * num_sms:
+        return small, pieces
+    middle, pieces = form(512, 2, 2)
+    if pieces <= _MOST_PARTS and rows * pieces <= 2 * num_sms or 2 * rows > num_sms:
+        return middle, min(pieces, _MOST_PARTS, max(1, 2 * num_sms // rows))
+    large, pieces = form(1024, 2, 1)
+    return large, min(pieces, _MOST_PARTS, num_sms // rows)
 
 
 def workspace_bytes(config: Config, rows: int, parts: int) -> int:
@@ -151,7 +169,7 @@ def topk(
     outputs = {"out": out}
     p.out, p.out_stride = out.data_ptr(), out.stride()[0]
     if block_table is not None:
-        p.table, p.table_stride = block_table.data_ptr(), block_table.stride()[0]
+        p.table, p.table_stride, p.table_columns = block_table.data_ptr(), block_table.stride()[0], block_table.shape[1]
     if offset is not None:
         p.offset = offset.data_ptr()
     if positions is not None:

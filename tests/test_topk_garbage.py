@@ -1,0 +1,97 @@
+"""What `test_garbage.py` proves of the logits, of top-k and of candidates: whatever lengths, bounds and tables hold,
+nothing is touched that was not handed in, everything ends, and rows without garbage are exact."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_garbage import ends, spoil
+
+from deep_gemm import sm120
+from deep_gemm.sm120 import reference, settings
+
+NOTHING = -77777
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return (before != after).view(len(before), -1).any(dim=1)
+
+
+@given(st.data())
+def test_topk(device: str, data: st.DataObject) -> None:
+    draw = data.draw
+    rows, columns, k = (
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([1, 40, 700, 3000])),
+        draw(st.sampled_from([1, 8, 512])),
+    )
+    page = draw(st.sampled_from([1, 64]))
+    logits = torch.randn(rows, columns, device=device)
+    lengths = torch.randint(0, columns + 1, (rows,), dtype=torch.int32, device=device)
+    starts = torch.zeros(rows, dtype=torch.int32, device=device)
+    offset = torch.zeros(rows, dtype=torch.int32, device=device)
+    table = torch.arange(-(-columns // page), dtype=torch.int32, device=device).repeat(rows, 1)
+    tensors = [(lengths, [columns, k]), (starts, [columns]), (offset, [0]), (table, [0])]
+    before = [tensor.clone() for tensor, _ in tensors]
+    for tensor, near in tensors:
+        spoil(draw, tensor, near)
+    garbage = torch.stack([changed(old, tensor) for old, (tensor, _) in zip(before, tensors)]).any(dim=0)
+    if draw(st.booleans()):
+        table = table[:, : draw(st.integers(1, table.shape[1]))].contiguous()  # narrower than the rows are long
+    got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
+    out, positions = got
+    settings._num_sms = draw(st.sampled_from([None, 1, 4]))
+    try:
+        with ends():
+            sm120.topk(
+                logits,
+                lengths,
+                k,
+                starts=starts,
+                block_table=table,
+                page=page,
+                offset=offset,
+                out=out,
+                positions=positions,
+            )
+    finally:
+        settings._num_sms = None
+    for result in got:
+        room = result.as_strided((rows, k + 3), (k + 3, 1))
+        assert (room[:-1, k:] == NOTHING).all()
+    assert ((positions >= -1) & (positions < columns)).all()
+    kept = [row for row in range(rows) if not garbage[row]]
+    wanted = reference.topk(logits[kept].cpu(), before[0][kept].tolist(), k)
+    for row, expected in zip(kept, wanted):
+        assert (
+            sorted(positions[row, : len(expected)].tolist()) == expected
+            and (positions[row, len(expected) :] == -1).all()
+        )
+
+
+@given(st.data())
+def test_candidates(device: str, data: st.DataObject) -> None:
+    draw = data.draw
+    rows, columns, width = (
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([1, 40, 700])),
+        draw(st.sampled_from([1, 8, 300])),
+    )
+    maxima = torch.randn(rows, columns, device=device)
+    lengths = torch.randint(0, 8 * columns + 1, (rows,), dtype=torch.int32, device=device)
+    table = torch.arange(-(-columns // 8), dtype=torch.int32, device=device).repeat(rows, 1)
+    before = lengths.clone(), table.clone()
+    spoil(draw, lengths, [8 * columns, 8 * width])
+    spoil(draw, table, [0])
+    garbage = changed(before[0], lengths)
+    if draw(st.booleans()):
+        table = table[:, : draw(st.integers(1, table.shape[1]))].contiguous()
+    out, pages = (torch.full((rows, width + 3), NOTHING, dtype=torch.int32, device=device)[:, :width] for _ in range(2))
+    with ends():
+        sm120.candidate_blocks(maxima, lengths, width, block_table=table, page=64, out=out, pages=pages)
+    for result in (out, pages):
+        assert (result.as_strided((rows, width + 3), (width + 3, 1))[:-1, width:] == NOTHING).all()
+    assert (((out >= 0) & (out < columns)) | (out == 2**31 - 1)).all()
+    kept = [row for row in range(rows) if not garbage[row]]
+    blocks = [-(-length // 8) for length in before[0][kept].tolist()]
+    for row, expected in zip(kept, reference.topk(maxima[kept].cpu(), blocks, width)):
+        assert out[row, : len(expected)].tolist() == expected
