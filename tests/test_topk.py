@@ -13,6 +13,7 @@ import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
 from deep_gemm.sm120.emulator import recording
+from deep_gemm.sm120.jit import compiler
 from deep_gemm.sm120.kernels import topk as kernels
 
 POISON = -77777
@@ -292,6 +293,28 @@ def test_any_problem(data: st.DataObject, device: str) -> None:
     logits = FILLS[data.draw(st.sampled_from(list(FILLS)))](rows, columns)
     logits = logits.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
     check(logits, lengths, k, starts, device=device)
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a", "sm_121f"])
+def test_other_cards(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DG_SM120_ARCH", arch)
+    for columns in (900, 3000, 11000):
+        check(torch.randn(2, columns), [columns, columns // 2], 512)
+
+
+@pytest.mark.parametrize("arch", ["sm_120f", "sm_90a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiler_has_nothing_to_say(arch: str, dtype: torch.dtype) -> None:
+    nvrtc, options = compiler._bindings(), [*compiler._options(arch), f"--include-path={compiler.HEADERS}"]
+    for k, rows, columns, ascending in ((512, 1, 900, False), (2048, 1, 99000, True), (600, 4096, 9000, False)):
+        config, _ = kernels.configure(dtype, k, rows, columns, 188, ascending)
+        for kernel in (config.choose, config.merge):
+            _, program = nvrtc.nvrtcCreateProgram(kernel.source.encode(), b"", 0, [], [])
+            (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+            log = (
+                compiler._fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
+            )
+            assert not error and not log, log
 
 
 # --- candidates of a sparse indexer -----------------------------------------------------------------------------------

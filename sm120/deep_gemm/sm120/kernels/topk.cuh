@@ -648,7 +648,6 @@ __device__ inline void merge(const TopkParams& p) {
 
     const int64 first = int64(row.row) * p.parts;
     uint32 keys[kFresh], positions[kFresh];
-    auto position = [&](int i) { return positions[i]; };
     auto load = [&](const uint2* entries, int count) {
         #pragma unroll
         for (int i = 0; i < kFresh; ++i) {
@@ -661,6 +660,7 @@ __device__ inline void merge(const TopkParams& p) {
     uint32 head[2] = {0, 0}, none;
     if (thread < parts) ptx::load<2>(head, p.heads + first + thread);
     load(p.fronts + first * p.front, parts * p.front);
+    auto position = [&](int i) { return positions[i]; };
     __syncthreads();
 
     Bound bound;
