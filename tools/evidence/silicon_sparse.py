@@ -1,7 +1,8 @@
 """Sparse logits on the card at hand, ours beside pull request 447's and beside our own dense call (see silicon.py).
 
     python tools/evidence/silicon_sparse.py build --into DIR     builds the peer's kernels into DIR; needs no GPU
-    python tools/evidence/silicon_sparse.py run DIR [--tree L=PATH] [--forms x1,x2s] [--out FILE.json]
+    python tools/evidence/silicon_sparse.py run [DIR] [--tree L=PATH] [--forms x1,x2s] [--out FILE.json]
+    python tools/evidence/silicon_sparse.py show FILE.json       writes docs/performance/silicon_sparse.md
 
 DeepSeek-V4.1-Flash: 32 heads, MXFP4, 2,048 blocks of 8 keys, pages of 64. Decode: requests with pages of their own, of
 so many keys each. Prefill: neighbouring rows of one request, with 90% of their blocks in common. Metadata are made
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import peer
@@ -278,9 +280,56 @@ def line(measured: dict, label: str) -> str:
     return "  ".join(words)
 
 
+DOCUMENT = ROOT / "docs" / "performance" / "silicon_sparse.md"
+TEXT = """\
+# Sparse logits on silicon
+
+`make silicon-sparse`, {date}, {device}, {sms} SMs{native}. How it is timed, and what
+the forms x1 and x2s are, stands in [silicon.md](silicon.md): both sides with a native MMA in the place of SM120's.
+
+DeepSeek-V4.1-Flash: 32 heads of 128, MXFP4, 2,048 blocks of 8 keys, pages of 64. Decode: requests with pages of their
+own. Prefill: neighbouring rows of one request, about 90% of whose blocks are the same from row to row. The peer is the
+SM120 kernel of DeepGEMM's pull request 447 as vLLM 0.33.0's wheel carries it, launched as that request's host code
+does, with metadata from its own kernel; no release launches it. us are ours / the peer's, a ratio is the peer's time
+over ours. Off is the relative norm of the difference from float64, ours / the peer's.
+
+"""
+
+
+def document(report: dict) -> str:
+    forms = list(report["cases"][0]["forms"])
+    heads = ["case", *(part for form in forms for part in (f"{form}, us", "ratio")), "metadata, us", "off"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    dense = ["| case | sparse, us | dense, us | ratio |", "| --- | ---: | ---: | ---: |"]
+    for case in report["cases"]:
+        us = {form: of["us"] for form, of in case["forms"].items()}
+        (label,) = {name for name in us[forms[0]] if " " not in name} - {"peer"}
+        cells = [case["name"]]
+        for form in forms:
+            mine, theirs = us[form][label], us[form]["peer"]
+            cells += [f"{mine:.1f} / {theirs:.1f}", f"{theirs / mine:.2f}"]
+        first, off = us[forms[0]], case["forms"][forms[0]]["off"]
+        cells.append(f"{first[f'{label} metadata']:.1f} / {first['peer metadata']:.1f}")
+        cells.append(f"{off[label]:.1e} / {off['peer']:.1e}")
+        if case["dense"]:
+            last = us[forms[-1]]
+            mine, all_keys = last[label], last[f"{label} dense"]
+            dense.append(f"| {case['name']} | {mine:.1f} | {all_keys:.1f} | {all_keys / mine:.2f} |")
+        else:
+            lines.append("| " + " | ".join(cells) + " |")
+    native = ": no SM120 card" if forms != [NATIVE] else ""
+    text = TEXT.format(native=native, date=report["date"], device=report["device"], sms=report["sms"])
+    return (
+        text
+        + "\n".join(lines)
+        + f"\n\n## Beside our own dense call\n\nThe same rows and keys, all of them scored, bf16 "
+        f"logits; {forms[-1]}.\n\n" + "\n".join(dense) + "\n"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("mode", choices=("build", "run"))
+    parser.add_argument("mode", choices=("build", "run", "show"))
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--forms", type=several(among=(*FORMS, NATIVE)), default=["x1", "x2s"])
@@ -290,6 +339,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.mode == "build":
         build(arguments.forms, SMS, "sm_90a").write(arguments.into)
+        return 0
+    if arguments.mode == "show":
+        DOCUMENT.write_text(document(json.loads(arguments.folder.read_text())))
         return 0
     device, arch = torch.device("cuda", 0), architecture()
     forms = [NATIVE] if arch == GEOMETRY else arguments.forms
@@ -302,8 +354,11 @@ def main() -> int:
     for case in cases:
         results.append(measure(case, forms, trees, kernels, clock, cache, sms))
         print(line(results[-1], trees[-1].label), flush=True)
+    report = {"date": str(date.today()), "device": torch.cuda.get_device_name(device), "sms": sms, "cases": results}
     if arguments.out:
-        arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(device), "cases": results}, indent=1))
+        arguments.out.write_text(json.dumps(report, indent=1))
+    elif not arguments.tree and not arguments.case:
+        DOCUMENT.write_text(document(report))
     return 0
 
 
