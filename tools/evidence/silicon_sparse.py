@@ -41,10 +41,12 @@ class Case:
     keys: int  # of each row
     prefill: bool = False
     dense: bool = False  # our dense call is timed as well
+    ragged: bool = False  # one run of keys, as vLLM's prefill; else pages, as SGLang's
 
     @property
     def name(self) -> str:
-        return f"{'prefill ' if self.prefill else ''}{self.rows} x {short(self.keys)}"
+        kind = "ragged " if self.ragged else "prefill " if self.prefill else ""
+        return f"{kind}{self.rows} x {short(self.keys)}"
 
     @property
     def requests(self) -> int:
@@ -66,7 +68,7 @@ class Case:
 def plan() -> list[Case]:
     k = 1 << 10
     cases = [Case(rows, 64 * k) for rows in (1, 4, 16, 64, 128, 256)]
-    cases += [Case(rows, 64 * k, True) for rows in (1024, 4096)]
+    cases += [Case(rows, 64 * k, True, ragged=ragged) for ragged in (False, True) for rows in (1024, 4096)]
     return cases + [Case(rows, keys * k, False, True) for rows in (1, 16) for keys in (32, 128)] + [
         Case(1024, keys * k, True, True) for keys in (32, 128)
     ]  # fmt: skip
@@ -94,6 +96,11 @@ def build_peer(kernel: sparse_peer.Kernel, form: str, arch: str) -> peer.Binary:
 
 def peer_kernels(case: Case, sms: int) -> tuple[sparse_peer.Kernel, sparse_peer.Kernel]:
     """Its planner and its logits kernel."""
+    if case.ragged:
+        return (
+            sparse_peer.metadata_kernel(True, WIDTH, BLOCK, 0, sms),
+            sparse_peer.ragged_logits_kernel(case.rows, sms),
+        )
     return (
         sparse_peer.metadata_kernel(True, WIDTH, BLOCK, PAGE, sms),
         sparse_peer.logits_kernel(True, case.rows, BLOCK, PAGE, sms),
@@ -124,7 +131,8 @@ class Inputs:
     lists: torch.Tensor
     indices: torch.Tensor
     logits: torch.Tensor
-    metadata: torch.Tensor | None = None
+    kv: tuple[torch.Tensor, torch.Tensor] | None = None
+    starts: torch.Tensor | None = None
 
 
 def lists_of(case: Case, device: torch.device) -> torch.Tensor:
@@ -173,6 +181,12 @@ def inputs(case: Case, cache: torch.Tensor, device: torch.device) -> list[Inputs
                 torch.empty((case.rows, COLUMNS), dtype=torch.bfloat16, device=device),
             )  # fmt: skip
         )
+        if case.ragged:
+            keys = random_bytes(case.keys, ROW, device).view(torch.int8)
+            made[-1].kv = (keys, random_scales(case.keys, True, device).contiguous())
+            made[-1].starts = torch.zeros_like(made[-1].lengths)
+            scales, q = made[-1].q[1].view(case.rows, HEADS), made[-1].q[0].view(case.rows, HEADS, ROW)
+            made[-1].q = (q, scales)
     return made
 
 
@@ -180,12 +194,18 @@ def inputs(case: Case, cache: torch.Tensor, device: torch.device) -> list[Inputs
 
 
 def our_metadata(tree: Tree, it: Inputs) -> Callable[[], torch.Tensor]:
+    if it.kv:
+        function, keys = tree.sm120.get_sparse_mqa_logits_metadata, len(it.kv[0])
+        return functools.partial(function, it.starts, it.lengths, keys, it.lists, torch.int8, BLOCK)
     function = tree.sm120.get_paged_sparse_mqa_logits_metadata
     return functools.partial(function, it.lengths, it.table, it.indices, PAGE, it.lists, torch.int8, BLOCK)
 
 
 def our_call(tree: Tree, it: Inputs) -> Callable[[], torch.Tensor]:
     metadata, function = our_metadata(tree, it)(), tree.sm120.fp8_fp4_paged_sparse_mqa_logits
+    if it.kv:
+        function = tree.sm120.fp8_fp4_sparse_mqa_logits
+        return functools.partial(function, it.q, it.kv, it.weights, metadata, WIDTH, BLOCK, out=it.logits)
     return functools.partial(function, it.q, it.kv_cache, it.weights, metadata, WIDTH, BLOCK, out=it.logits)
 
 
@@ -202,10 +222,16 @@ def their_calls(kernels: PeerKernels, form: str, it: Inputs, sms: int) -> tuple[
     rows, device = len(it.lists), it.lists.device
     metadata = sparse_peer.metadata_buffer(rows, WIDTH, True, BLOCK, sms, device)
     workspace = sparse_peer.workspace(rows, device)
-    planned = sparse_peer.launch_metadata(
-        it.lengths, it.table, it.indices, PAGE, it.lists, True, BLOCK, metadata, workspace, sms
-    )
-    scored = sparse_peer.launch_logits(it.q, it.kv_cache, it.weights, metadata, WIDTH, BLOCK, it.logits, sms)
+    if it.kv:
+        planned = sparse_peer.launch_ragged_metadata(
+            it.starts, it.lengths, len(it.kv[0]), it.lists, metadata, workspace, sms
+        )
+        scored = sparse_peer.launch_ragged_logits(it.q, it.kv, it.weights, metadata, it.logits, sms)
+    else:
+        planned = sparse_peer.launch_metadata(
+            it.lengths, it.table, it.indices, PAGE, it.lists, True, BLOCK, metadata, workspace, sms
+        )
+        scored = sparse_peer.launch_logits(it.q, it.kv_cache, it.weights, metadata, WIDTH, BLOCK, it.logits, sms)
     plan_call, call = kernels.bind(planned, form), kernels.bind(scored, form)
     plan_call()
     keep = (metadata, workspace)
@@ -219,11 +245,15 @@ def error(it: Inputs, form: str, logits: torch.Tensor, dequantize: Callable) -> 
     for row in sorted({0, len(it.lists) // 2, len(it.lists) - 1}):
         tokens = (it.lists[row].long()[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten()
         pages, within = it.table[row].long()[tokens // PAGE], tokens % PAGE
-        keys = flat[pages, : PAGE * ROW].view(-1, PAGE, ROW)[torch.arange(len(tokens)), within].contiguous()
-        query = it.q[0][row, 0]
+        if it.kv:
+            keys, words = (part[tokens] for part in it.kv)
+        else:
+            every = torch.arange(len(tokens), device=logits.device)
+            keys = flat[pages, : PAGE * ROW].view(-1, PAGE, ROW)[every, within].contiguous()
+            words = flat[pages, PAGE * ROW :].view(-1, PAGE, 4)[every, within].contiguous().view(torch.int32)[:, 0]
+        query, scales = it.q[0][row].view(HEADS, ROW), it.q[1][row].view(HEADS)
         if form == NATIVE:
-            scales = flat[pages, PAGE * ROW :].view(-1, PAGE, 4)[torch.arange(len(tokens)), within].contiguous()
-            query, keys = dequantize(query, it.q[1][row, 0]), dequantize(keys, scales.view(torch.int32)[:, 0])
+            query, keys = dequantize(query, scales), dequantize(keys.view(torch.int8), words)
         else:
             query, keys = number_pairs(query.contiguous()), number_pairs(keys)
         want = torch.relu(keys @ query.T) @ it.weights[row].double() * COUNTS[form]
