@@ -6,7 +6,7 @@ import pytest
 import sparse_peer
 import torch
 from problems import Sparse, check, poisoned
-from sidebyside import their_sparse
+from sidebyside import emulate, their_sparse
 
 from deep_gemm.sm120 import reference
 
@@ -46,3 +46,32 @@ def test_pairs_of_rows() -> None:
     problem = Sparse([600] * 5, width=40, shared=True, padding=-64 * 68 % 512)
     logits, _ = their_sparse(problem, [0, 0, 0, 1, 1])
     check(logits, problem.expected(), tolerance=2**-7)
+
+
+@pytest.mark.parametrize("rows", [3, 66])
+@pytest.mark.parametrize("unaligned", [False, True])
+def test_one_run_of_keys(unaligned: bool, rows: int) -> None:
+    """Its other kernel: half of the warps gather, half score."""
+    lengths = [int(length) for length in torch.randint(1, 2000, (rows,))]
+    lengths[0] = 20_000
+    starts = [3, 11] * (rows // 2) + [8] * (rows % 2) if unaligned else [0] * rows
+    problem = Sparse(lengths, width=2048, block_kv=0, starts=starts, unaligned=unaligned)
+    metadata = sparse_peer.metadata_buffer(rows, 2048, True, 8, 20)
+    workspace = sparse_peer.workspace(rows)
+    plan = sparse_peer.launch_ragged_metadata(
+        problem.ks, problem.ke, problem.keys, problem.lists, metadata, workspace, 20, unaligned
+    )
+    emulate(
+        plan,
+        {"ks": problem.ks, "ke": problem.ke, "lists": problem.lists},
+        {"metadata": metadata, "workspace": workspace},
+    )
+    logits = poisoned(rows, 2048 * 8, torch.bfloat16, pad=0)
+    score = sparse_peer.launch_ragged_logits(problem.q, problem.kv, problem.weights, metadata, logits, 20, unaligned)
+    (q, q_scales), (keys, key_scales) = problem.q, problem.kv
+    inputs = {"q": q, "q scales": q_scales, "kv": keys, "kv scales": key_scales, "weights": problem.weights}
+    emulate(score, inputs | {"metadata": metadata}, {"logits": logits})
+    check(logits, problem.expected(), tolerance=2**-7)
+    chained = problem.expected(logits_of=reference.chained_logits_of)
+    inside = chained != -torch.inf
+    assert (logits[inside] == chained[inside]).double().mean() > 0.99
