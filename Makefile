@@ -4,6 +4,7 @@
 # make soak     100,000 calls over shapes, streams and threads; nothing may grow
 # make bench    times on a card from SM89 up, into bench-<card>-<date>/ (ARGS="--quick")
 # make silicon  ours beside NVIDIA's SM120 kernels, on SM120 or, with the MMA of both replaced, an H100
+# make silicon-sparse  the same for sparse logits
 # make report   docs/performance/: our kernels counted and modelled, beside NVIDIA's, which it fetches
 # make wheel    the wheel, into dist/
 # make lint     the style check
@@ -21,7 +22,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test fuzz soak bench silicon report wheel lint test-clients test-vllm test-upstream test-wheel clean
+.PHONY: demo test fuzz soak bench silicon silicon-sparse report wheel lint test-clients test-vllm test-upstream test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -41,6 +42,9 @@ bench: $(VENV)/.$(KIND)
 
 silicon: $(VENV)/.$(KIND)
 	$(BIN)/python tools/evidence/silicon.py $(ARGS)
+
+silicon-sparse: $(VENV)/.$(KIND)
+	$(BIN)/python tools/evidence/silicon_sparse.py run $(ARGS)
 
 report: $(VENV)/.$(KIND)
 	$(BIN)/python tools/evidence/report.py

@@ -173,6 +173,19 @@ def random_lists(
     return lists
 
 
+def shared_lists(rows: int, width: int, blocks: int, kept: float) -> torch.Tensor:
+    """Lists as a prefill makes them: from row to row `kept` of the blocks stay, ascending."""
+    lists, chosen = [], torch.randperm(blocks)[:width]
+    for _ in range(rows):
+        lists.append(chosen.sort().values)
+        leaving = torch.randperm(width)[: round(width * (1 - kept))]
+        free = torch.ones(blocks, dtype=torch.bool)
+        free[chosen] = False
+        coming = free.nonzero().flatten()
+        chosen[leaving] = coming[torch.randperm(len(coming))[: len(leaving)]]
+    return torch.stack(lists).to(torch.int32)
+
+
 @dataclass
 class Sparse:
     """Arguments of the sparse functions: of a paged cache, or, with `block_kv` 0, of a run of keys, of which each row

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import Paged, Ragged
+from problems import Paged, Ragged, Sparse
 
 import deep_gemm
 from deep_gemm.sm120 import ArgumentError, debug
@@ -43,6 +43,19 @@ def test_what_is_right_passes(device: str, next_n: int) -> None:
     deep_gemm.fp8_mqa_logits(*Ragged([0, 5, 9], [8, 5, 20], 20, heads=8, device=device).arguments(), max_seqlen_k=11)
     empty = Paged([0, 0], heads=8, max_context_len=64, device=device)
     deep_gemm.fp8_paged_mqa_logits(*empty.arguments(deep_gemm.get_paged_mqa_logits_metadata(empty.context_lens, 64, 3)))
+
+
+@pytest.mark.parametrize("block_kv", [64, 0])
+def test_lists_and_their_metadata(device: str, block_kv: int) -> None:
+    starts = None if block_kv else [0, 8, 16]
+    problem = Sparse([300, 0, 37], width=20, block_kv=block_kv, starts=starts, heads=8, tail="garbage", device=device)
+    metadata = problem.metadata()
+    problem.logits(metadata)
+    for value in (-1, 38, 2**31 - 1):
+        problem.lists[0, 3] = value
+        refused(problem.metadata, f"sparse_kv_block_indices[0, 3], row 0, is {value}; expected a block")
+    other = Sparse([300, 0, 37], width=20, block=16, block_kv=block_kv, heads=8, device=device).metadata()
+    refused(lambda: problem.logits(other), "metadata[0], row 0, is ", "expected the seal ")
 
 
 @pytest.mark.parametrize("value", [*GARBAGE, 521])

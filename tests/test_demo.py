@@ -126,6 +126,25 @@ def test_wrong_logits_fail(run, monkeypatch, wrong, said: str) -> None:
     assert "FAILED (--seed 7)" in printed and said in " ".join(printed.split())
 
 
+def test_sparse(run) -> None:
+    """Candidates alone give the top 512 that all keys give, those of other blocks masked."""
+    status, printed = run("--arch", "sm_120f", "--sparse", "--keys", "0", "37", "17000")
+    assert status == 0, printed
+    assert cells(printed, "request 0") == ["0", "0", "-", "-"] and cells(printed, "request 1")[3] == "100.00%"
+    keys, blocks, error, overlap = cells(printed, "request 2")
+    assert (keys, blocks) == ("17,000", "2,048") and 1e-4 < float(error) < 2**-8
+    assert float(overlap.split("%")[0]) >= 97
+
+
+def test_wrong_sparse_logits_fail(run, monkeypatch) -> None:
+    right = deep_gemm.fp8_fp4_paged_sparse_mqa_logits
+    monkeypatch.setattr(
+        deep_gemm, "fp8_fp4_paged_sparse_mqa_logits", lambda *arguments: right(*arguments).roll(8, dims=1)
+    )
+    status, printed = run("--arch", "sm_120f", "--sparse", "--keys", "1000", "--seed", "7")
+    assert status == 1 and "FAILED (--seed 7)" in printed
+
+
 def test_paged_unlike_ragged_fails(run, monkeypatch) -> None:
     right = deep_gemm.fp8_paged_mqa_logits
     monkeypatch.setattr(deep_gemm, "fp8_paged_mqa_logits", lambda *arguments: right(*arguments) * (1 + 2**-23))
@@ -133,7 +152,9 @@ def test_paged_unlike_ragged_fails(run, monkeypatch) -> None:
     assert status == 1 and "FAILED" in printed and float(cells(printed, "tokens 0 to 0")[1]) < 1e-6
 
 
-@pytest.mark.parametrize("arguments", [["--next-n", "0"], ["--keys", "-1"], ["--prefill", "--next-n", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--next-n", "0"], ["--keys", "-1"], ["--prefill", "--next-n", "2"], ["--sparse", "--prefill"]]
+)
 def test_wrong_arguments(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         demo.main(arguments)

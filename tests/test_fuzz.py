@@ -6,7 +6,7 @@ Everything is compared with float64, what lies outside the windows must not be t
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Paged, Ragged, check, poisoned
+from problems import Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -97,6 +97,40 @@ def test_any_ragged(data: st.DataObject) -> None:
     if columns:
         problem.ke = torch.minimum(problem.ke, problem.ks + columns)
     check(out, problem.expected(columns), cleaned=clean)
+
+
+@given(st.data())
+def test_any_sparse(data: st.DataObject) -> None:
+    draw = data.draw
+    rows, paged = draw(st.integers(0, 12) | st.integers(120, 260)), draw(st.booleans())
+    block = draw(st.sampled_from(range(8, 65, 8)))
+    lengths = draw(st.lists(st.integers(0, 700) | EDGES, min_size=rows, max_size=rows))
+    unaligned = not paged and draw(st.booleans())
+    starts = [0] * rows if paged else draw(st.lists(st.integers(0, 300), min_size=rows, max_size=rows))
+    problem = Sparse(
+        lengths,
+        width=draw(st.integers(1, 90)),
+        block=block,
+        block_kv=block * draw(st.integers(1, 8)) if paged else 0,
+        heads=draw(HEADS),
+        fp4=draw(st.booleans()),
+        starts=starts if unaligned else [start // block * block for start in starts],
+        unaligned=unaligned,
+        kind=draw(st.sampled_from(["ascending", "any"])),
+        tail=draw(st.sampled_from(["largest", "last", "garbage"])),
+        shared=paged and draw(st.booleans()),
+        padding=draw(st.sampled_from([0, 4, 12, 16, 32, 100])),
+        weights_dtype=draw(DTYPES),
+    )
+    problem.lists = with_stride(problem.lists, draw(st.sampled_from([0, 1, 7])), -3)
+    problem.weights = with_stride(problem.weights, draw(st.sampled_from([0, 1, 8])), torch.nan)
+    out = poisoned(rows, problem.width * block, torch.bfloat16, pad=draw(st.sampled_from([0, 1, 7])))
+    with recording(sanitize=draw(st.booleans())):
+        metadata = problem.metadata()
+        larger = torch.randint(0, 256, (metadata.numel() + 16 * draw(st.integers(0, 9)),), dtype=torch.uint8)
+        larger[: metadata.numel()] = metadata
+        problem.logits(larger, out)
+    check(out, problem.expected())
 
 
 @given(st.data())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from emulator_harness import kernel, launch
-from problems import Paged, Ragged, check, poisoned
+from problems import Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120.emulator import Buffer, EmulatorError, Module, recording
@@ -285,6 +285,20 @@ def test_bf16_logits_are_clean(sanitized) -> None:
     out = poisoned(3, 91, torch.bfloat16)
     deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), True, 0, torch.bfloat16, out=out)
     check(out, problem.expected(), cleaned=True)
+
+
+@ARCHITECTURES
+@FORMATS
+@pytest.mark.parametrize("block_kv", [64, 0])
+@pytest.mark.parametrize("copies, block, width", [(1, 8, 21), (40, 16, 9)])
+def test_sparse_is_clean(
+    copies: int, block: int, width: int, block_kv: int, fp4: bool, arch: str, monkeypatch, sanitized
+):
+    monkeypatch.setenv("DG_SM120_ARCH", arch)
+    lengths = [100, 0, 37, 300, 150] * copies
+    problem = Sparse(lengths, width, block, block_kv, heads=16, fp4=fp4, kind="any", tail="garbage")
+    out = poisoned(len(lengths), width * block, torch.bfloat16)
+    check(problem.logits(problem.metadata(), out), problem.expected())
 
 
 @pytest.mark.parametrize("which", range(4))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Sparse, check, poisoned
+from problems import POISON, Sparse, check, poisoned, shared_lists
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -325,19 +325,6 @@ class TestMetadata:
             with recording(sanitize=True):
                 out = problem.logits(problem.metadata(), poisoned(6, 160, torch.bfloat16))
             assert (out != POISON).all()
-
-
-def shared_lists(rows: int, width: int, blocks: int, kept: float) -> torch.Tensor:
-    """Lists as a prefill makes them: from row to row `kept` of the blocks stay, ascending."""
-    lists, chosen = [], torch.randperm(blocks)[:width]
-    for _ in range(rows):
-        lists.append(chosen.sort().values)
-        leaving = torch.randperm(width)[: round(width * (1 - kept))]
-        free = torch.ones(blocks, dtype=torch.bool)
-        free[chosen] = False
-        coming = free.nonzero().flatten()
-        chosen[leaving] = coming[torch.randperm(len(coming))[: len(leaving)]]
-    return torch.stack(lists).to(torch.int32)
 
 
 @FORMATS

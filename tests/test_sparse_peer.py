@@ -6,12 +6,11 @@ import pytest
 import sparse_peer
 import torch
 from problems import Sparse, check, poisoned
+from sidebyside import emulate, their_sparse
 
 from deep_gemm.sm120 import reference
-from deep_gemm.sm120.emulator import Buffer, Counters, Module
 
 pytestmark = pytest.mark.peer
-SMS = 20
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["mxfp8", "mxfp4"])
 
 
@@ -24,38 +23,6 @@ def fetched() -> None:
         pytest.skip(f"vLLM's wheel cannot be fetched: {str(problem).splitlines()[0]}")
 
 
-def launch(launch: peer.Launch, tensors: dict[str, torch.Tensor], written: tuple[str, ...]) -> Counters:
-    """Runs one of the peer's kernels."""
-    binary = launch.kernel.compile()
-    buffers = [Buffer.of(tensor, name, writable=name in written) for name, tensor in tensors.items()]
-    block, _ = launch.parameters()
-    return Module(binary.ptx).launch(
-        binary.name, launch.grid, launch.block, block, buffers, shared_bytes=launch.kernel.shared_bytes, trace=True
-    )
-
-
-def theirs(problem: Sparse, indices: list[int]) -> tuple[torch.Tensor, Counters]:
-    """Its logits of a paged problem, and what the launch did."""
-    rows = len(problem.lengths)
-    metadata = sparse_peer.metadata_buffer(rows, problem.width, problem.fp4, problem.block, SMS)
-    workspace = sparse_peer.workspace(rows)
-    ids = torch.tensor(indices, dtype=torch.int32)
-    table = problem.block_table.contiguous()
-    plan = sparse_peer.launch_metadata(
-        problem.context_lens, table, ids, problem.block_kv, problem.lists, problem.fp4, problem.block,
-        metadata, workspace, SMS,
-    )  # fmt: skip
-    tensors = {"lens": problem.context_lens, "table": table, "ids": ids, "lists": problem.lists}
-    launch(plan, tensors | {"metadata": metadata, "workspace": workspace}, ("metadata", "workspace"))
-    columns = problem.width * problem.block
-    logits = poisoned(rows, columns, torch.bfloat16, pad=-columns % 512)
-    score = sparse_peer.launch_logits(
-        problem.q, problem.kv_cache, problem.weights, metadata, problem.width, problem.block, logits, SMS
-    )
-    tensors = {"q": problem.q[0], "q scales": problem.q[1], "kv_cache": problem.kv_cache, "weights": problem.weights}
-    return logits, launch(score, tensors | {"metadata": metadata, "logits": logits}, ("logits",))
-
-
 @FORMATS
 @pytest.mark.parametrize("block, block_kv, rows", [(8, 64, 3), (16, 128, 3), (8, 128, 18)])
 def test_both_beside_float64_and_the_chains(block: int, block_kv: int, rows: int, fp4: bool) -> None:
@@ -64,7 +31,7 @@ def test_both_beside_float64_and_the_chains(block: int, block_kv: int, rows: int
     problem = Sparse(
         lengths, width=68, block=block, block_kv=block_kv, fp4=fp4, padding=-block_kv * (68 if fp4 else 132) % 512
     )
-    logits, _ = theirs(problem, list(range(rows)))
+    logits, _ = their_sparse(problem, list(range(rows)))
     chained, exact = problem.expected(logits_of=reference.chained_logits_of), problem.expected()
     inside = exact != -torch.inf
     assert (logits[inside] == chained[inside]).double().mean() > 0.99
@@ -77,5 +44,34 @@ def test_both_beside_float64_and_the_chains(block: int, block_kv: int, rows: int
 def test_pairs_of_rows() -> None:
     """Rows of one request are merged two by two."""
     problem = Sparse([600] * 5, width=40, shared=True, padding=-64 * 68 % 512)
-    logits, _ = theirs(problem, [0, 0, 0, 1, 1])
+    logits, _ = their_sparse(problem, [0, 0, 0, 1, 1])
     check(logits, problem.expected(), tolerance=2**-7)
+
+
+@pytest.mark.parametrize("rows", [3, 66])
+@pytest.mark.parametrize("unaligned", [False, True])
+def test_one_run_of_keys(unaligned: bool, rows: int) -> None:
+    """Its other kernel: half of the warps gather, half score."""
+    lengths = [int(length) for length in torch.randint(1, 2000, (rows,))]
+    lengths[0] = 20_000
+    starts = [3, 11] * (rows // 2) + [8] * (rows % 2) if unaligned else [0] * rows
+    problem = Sparse(lengths, width=2048, block_kv=0, starts=starts, unaligned=unaligned)
+    metadata = sparse_peer.metadata_buffer(rows, 2048, True, 8, 20)
+    workspace = sparse_peer.workspace(rows)
+    plan = sparse_peer.launch_ragged_metadata(
+        problem.ks, problem.ke, problem.keys, problem.lists, metadata, workspace, 20, unaligned
+    )
+    emulate(
+        plan,
+        {"ks": problem.ks, "ke": problem.ke, "lists": problem.lists},
+        {"metadata": metadata, "workspace": workspace},
+    )
+    logits = poisoned(rows, 2048 * 8, torch.bfloat16, pad=0)
+    score = sparse_peer.launch_ragged_logits(problem.q, problem.kv, problem.weights, metadata, logits, 20, unaligned)
+    (q, q_scales), (keys, key_scales) = problem.q, problem.kv
+    inputs = {"q": q, "q scales": q_scales, "kv": keys, "kv scales": key_scales, "weights": problem.weights}
+    emulate(score, inputs | {"metadata": metadata}, {"logits": logits})
+    check(logits, problem.expected(), tolerance=2**-7)
+    chained = problem.expected(logits_of=reference.chained_logits_of)
+    inside = chained != -torch.inf
+    assert (logits[inside] == chained[inside]).double().mean() > 0.99

@@ -3,6 +3,7 @@
     python tools/demo.py                      decode: 4 requests with 0, 37, 4,096 and 16,384 compressed keys
     python tools/demo.py --prefill            384 neighbouring tokens of one prompt, paged and ragged
     python tools/demo.py --topk               and the 512 keys that each token attends to, logits and choice in one call
+    python tools/demo.py --sparse             DeepSeek-V4.1-Flash: candidates, and the logits of candidates alone
     python tools/demo.py --fp4 --save fp4.png
 
 Runs on the GPU; without one, or with --arch, in the PTX emulator. Shows what compiling took, how evenly the keys are
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import demo_sparse
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -271,6 +273,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fp4", action="store_true", help="FP4 queries and keys instead of FP8")
     parser.add_argument("--prefill", type=int, nargs="?", const=384, metavar="TOKENS", help="a piece of a prompt (384)")
     parser.add_argument("--topk", action="store_true", help=f"choose each token's {TOP} keys as well")
+    parser.add_argument("--sparse", action="store_true", help="candidates' logits: FP4, 32 heads, two layers of V4.1")
     parser.add_argument("--keys", type=int, nargs="+", default=[0, 37, 4096, 16384], help="of each decoding request")
     parser.add_argument("--next-n", type=int, default=1, metavar="N", help="query tokens of each decoding request (1)")
     parser.add_argument("--heads", type=int, choices=range(8, 65, 8), default=64, help="(64)")
@@ -284,7 +287,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--next-n and --prefill are positive, and --keys are not negative")
     if args.prefill and args.next_n > 1:
         parser.error("--next-n is for decode: in a prefill every row is a token")
+    if args.sparse:
+        if args.prefill or args.save or args.next_n > 1:
+            parser.error("--sparse is a decode step of one token each, without --save")
+        args.fp4, args.heads = True, 32
+        args.keys = [0, 137, 12_000, 20_000] if args.keys == parser.get_default("keys") else args.keys
     return args
+
+
+def show_sparse(
+    console: Console, choices: list[demo_sparse.Choice], bench: "Bench", where: str, gpu: bool
+) -> list[str]:
+    """Prints what came of it; returns what failed."""
+    console.print(
+        f"DeepSeek-V4.1-Flash, decode step: FP4, 32 heads of {DIM}, pages of {PAGE}, "
+        f"{demo_sparse.CANDIDATES:,} blocks of {demo_sparse.BLOCK} keys",
+        style="bold",
+    )
+    show(console, ["", ""], [["where", where], ["compile time", f"{bench.costs['compile'][0] / 1000:.2f} s"]])
+    costs = [cost_row(name, *cost) for name, cost in bench.costs.items() if name not in ("inputs", "compile")]
+    headings = ["step", "ms"] if gpu else ["step", "ms", "warp instr.", "MMA", "bytes read", "written"]
+    show(console, headings, [row[: len(headings)] for row in costs])
+    against = ["candidates", "keys", "blocks", "relative error", f"top {TOP} of dense + mask"]
+    show(console, against, [[f"request {number}", *choice.cells] for number, choice in enumerate(choices)])
+    return [f"request {number}: {choice}" for number, choice in enumerate(choices) if not choice.passed]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -304,7 +330,13 @@ def main(arguments: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory() as empty_cache,
     ):
         os.environ.setdefault("DG_JIT_CACHE_DIR", empty_cache)
-        bench = Bench(progress, total=5 + bool(args.prefill) + args.topk)
+        bench = Bench(progress, total=9 if args.sparse else 5 + bool(args.prefill) + args.topk)
+        if args.sparse:
+            choices = demo_sparse.run(args, bench, make_step, TOP, torch.device("cuda" if gpu else "cpu"))
+            failures = show_sparse(console, choices, bench, where, gpu)
+            for failure in failures:
+                console.print(f"FAILED (--seed {seed})  {failure}", style="bold red")
+            return 1 if failures else 0
         step = bench.run("inputs", make_step, args, torch.device("cuda" if gpu else "cpu"))
         bench.run("compile", first_call, step, bool(args.prefill))
         schedule = bench.run("plan", step.plan, deep_gemm.get_num_sms())

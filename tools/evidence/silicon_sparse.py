@@ -1,7 +1,8 @@
 """Sparse logits on the card at hand, ours beside pull request 447's and beside our own dense call (see silicon.py).
 
     python tools/evidence/silicon_sparse.py build --into DIR     builds the peer's kernels into DIR; needs no GPU
-    python tools/evidence/silicon_sparse.py run DIR [--tree L=PATH] [--forms x1,x2s] [--out FILE.json]
+    python tools/evidence/silicon_sparse.py run [DIR] [--tree L=PATH] [--forms x1,x2s] [--out FILE.json]
+    python tools/evidence/silicon_sparse.py show FILE.json       writes docs/performance/silicon_sparse.md
 
 DeepSeek-V4.1-Flash: 32 heads, MXFP4, 2,048 blocks of 8 keys, pages of 64. Decode: requests with pages of their own, of
 so many keys each. Prefill: neighbouring rows of one request, with 90% of their blocks in common. Metadata are made
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import peer
@@ -39,10 +41,12 @@ class Case:
     keys: int  # of each row
     prefill: bool = False
     dense: bool = False  # our dense call is timed as well
+    ragged: bool = False  # one run of keys, as vLLM's prefill; else pages, as SGLang's
 
     @property
     def name(self) -> str:
-        return f"{'prefill ' if self.prefill else ''}{self.rows} x {short(self.keys)}"
+        kind = "ragged " if self.ragged else "prefill " if self.prefill else ""
+        return f"{kind}{self.rows} x {short(self.keys)}"
 
     @property
     def requests(self) -> int:
@@ -64,7 +68,7 @@ class Case:
 def plan() -> list[Case]:
     k = 1 << 10
     cases = [Case(rows, 64 * k) for rows in (1, 4, 16, 64, 128, 256)]
-    cases += [Case(rows, 64 * k, True) for rows in (1024, 4096)]
+    cases += [Case(rows, 64 * k, True, ragged=ragged) for ragged in (False, True) for rows in (1024, 4096)]
     return cases + [Case(rows, keys * k, False, True) for rows in (1, 16) for keys in (32, 128)] + [
         Case(1024, keys * k, True, True) for keys in (32, 128)
     ]  # fmt: skip
@@ -92,6 +96,11 @@ def build_peer(kernel: sparse_peer.Kernel, form: str, arch: str) -> peer.Binary:
 
 def peer_kernels(case: Case, sms: int) -> tuple[sparse_peer.Kernel, sparse_peer.Kernel]:
     """Its planner and its logits kernel."""
+    if case.ragged:
+        return (
+            sparse_peer.metadata_kernel(True, WIDTH, BLOCK, 0, sms),
+            sparse_peer.ragged_logits_kernel(case.rows, sms),
+        )
     return (
         sparse_peer.metadata_kernel(True, WIDTH, BLOCK, PAGE, sms),
         sparse_peer.logits_kernel(True, case.rows, BLOCK, PAGE, sms),
@@ -122,7 +131,8 @@ class Inputs:
     lists: torch.Tensor
     indices: torch.Tensor
     logits: torch.Tensor
-    metadata: torch.Tensor | None = None
+    kv: tuple[torch.Tensor, torch.Tensor] | None = None
+    starts: torch.Tensor | None = None
 
 
 def lists_of(case: Case, device: torch.device) -> torch.Tensor:
@@ -171,6 +181,12 @@ def inputs(case: Case, cache: torch.Tensor, device: torch.device) -> list[Inputs
                 torch.empty((case.rows, COLUMNS), dtype=torch.bfloat16, device=device),
             )  # fmt: skip
         )
+        if case.ragged:
+            keys = random_bytes(case.keys, ROW, device).view(torch.int8)
+            made[-1].kv = (keys, random_scales(case.keys, True, device).contiguous())
+            made[-1].starts = torch.zeros_like(made[-1].lengths)
+            scales, q = made[-1].q[1].view(case.rows, HEADS), made[-1].q[0].view(case.rows, HEADS, ROW)
+            made[-1].q = (q, scales)
     return made
 
 
@@ -178,12 +194,18 @@ def inputs(case: Case, cache: torch.Tensor, device: torch.device) -> list[Inputs
 
 
 def our_metadata(tree: Tree, it: Inputs) -> Callable[[], torch.Tensor]:
+    if it.kv:
+        function, keys = tree.sm120.get_sparse_mqa_logits_metadata, len(it.kv[0])
+        return functools.partial(function, it.starts, it.lengths, keys, it.lists, torch.int8, BLOCK)
     function = tree.sm120.get_paged_sparse_mqa_logits_metadata
     return functools.partial(function, it.lengths, it.table, it.indices, PAGE, it.lists, torch.int8, BLOCK)
 
 
 def our_call(tree: Tree, it: Inputs) -> Callable[[], torch.Tensor]:
     metadata, function = our_metadata(tree, it)(), tree.sm120.fp8_fp4_paged_sparse_mqa_logits
+    if it.kv:
+        function = tree.sm120.fp8_fp4_sparse_mqa_logits
+        return functools.partial(function, it.q, it.kv, it.weights, metadata, WIDTH, BLOCK, out=it.logits)
     return functools.partial(function, it.q, it.kv_cache, it.weights, metadata, WIDTH, BLOCK, out=it.logits)
 
 
@@ -200,10 +222,16 @@ def their_calls(kernels: PeerKernels, form: str, it: Inputs, sms: int) -> tuple[
     rows, device = len(it.lists), it.lists.device
     metadata = sparse_peer.metadata_buffer(rows, WIDTH, True, BLOCK, sms, device)
     workspace = sparse_peer.workspace(rows, device)
-    planned = sparse_peer.launch_metadata(
-        it.lengths, it.table, it.indices, PAGE, it.lists, True, BLOCK, metadata, workspace, sms
-    )
-    scored = sparse_peer.launch_logits(it.q, it.kv_cache, it.weights, metadata, WIDTH, BLOCK, it.logits, sms)
+    if it.kv:
+        planned = sparse_peer.launch_ragged_metadata(
+            it.starts, it.lengths, len(it.kv[0]), it.lists, metadata, workspace, sms
+        )
+        scored = sparse_peer.launch_ragged_logits(it.q, it.kv, it.weights, metadata, it.logits, sms)
+    else:
+        planned = sparse_peer.launch_metadata(
+            it.lengths, it.table, it.indices, PAGE, it.lists, True, BLOCK, metadata, workspace, sms
+        )
+        scored = sparse_peer.launch_logits(it.q, it.kv_cache, it.weights, metadata, WIDTH, BLOCK, it.logits, sms)
     plan_call, call = kernels.bind(planned, form), kernels.bind(scored, form)
     plan_call()
     keep = (metadata, workspace)
@@ -217,11 +245,15 @@ def error(it: Inputs, form: str, logits: torch.Tensor, dequantize: Callable) -> 
     for row in sorted({0, len(it.lists) // 2, len(it.lists) - 1}):
         tokens = (it.lists[row].long()[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten()
         pages, within = it.table[row].long()[tokens // PAGE], tokens % PAGE
-        keys = flat[pages, : PAGE * ROW].view(-1, PAGE, ROW)[torch.arange(len(tokens)), within].contiguous()
-        query = it.q[0][row, 0]
+        if it.kv:
+            keys, words = (part[tokens] for part in it.kv)
+        else:
+            every = torch.arange(len(tokens), device=logits.device)
+            keys = flat[pages, : PAGE * ROW].view(-1, PAGE, ROW)[every, within].contiguous()
+            words = flat[pages, PAGE * ROW :].view(-1, PAGE, 4)[every, within].contiguous().view(torch.int32)[:, 0]
+        query, scales = it.q[0][row].view(HEADS, ROW), it.q[1][row].view(HEADS)
         if form == NATIVE:
-            scales = flat[pages, PAGE * ROW :].view(-1, PAGE, 4)[torch.arange(len(tokens)), within].contiguous()
-            query, keys = dequantize(query, it.q[1][row, 0]), dequantize(keys, scales.view(torch.int32)[:, 0])
+            query, keys = dequantize(query, scales), dequantize(keys.view(torch.int8), words)
         else:
             query, keys = number_pairs(query.contiguous()), number_pairs(keys)
         want = torch.relu(keys @ query.T) @ it.weights[row].double() * COUNTS[form]
@@ -278,9 +310,56 @@ def line(measured: dict, label: str) -> str:
     return "  ".join(words)
 
 
+DOCUMENT = ROOT / "docs" / "performance" / "silicon_sparse.md"
+TEXT = """\
+# Sparse logits on silicon
+
+`make silicon-sparse`, {date}, {device}, {sms} SMs{native}. How it is timed, and what
+the forms x1 and x2s are, stands in [silicon.md](silicon.md): both sides with a native MMA in the place of SM120's.
+
+DeepSeek-V4.1-Flash: 32 heads of 128, MXFP4, 2,048 blocks of 8 keys, pages of 64. Decode: requests with pages of their
+own. Prefill: neighbouring rows of one request, about 90% of whose blocks are the same from row to row. The peer is the
+SM120 kernel of DeepGEMM's pull request 447 as vLLM 0.33.0's wheel carries it, launched as that request's host code
+does, with metadata from its own kernel; no release launches it. us are ours / the peer's, a ratio is the peer's time
+over ours. Off is the relative norm of the difference from float64, ours / the peer's.
+
+"""
+
+
+def document(report: dict) -> str:
+    forms = list(report["cases"][0]["forms"])
+    heads = ["case", *(part for form in forms for part in (f"{form}, us", "ratio")), "metadata, us", "off"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    dense = ["| case | sparse, us | dense, us | ratio |", "| --- | ---: | ---: | ---: |"]
+    for case in report["cases"]:
+        us = {form: of["us"] for form, of in case["forms"].items()}
+        (label,) = {name for name in us[forms[0]] if " " not in name} - {"peer"}
+        cells = [case["name"]]
+        for form in forms:
+            mine, theirs = us[form][label], us[form]["peer"]
+            cells += [f"{mine:.1f} / {theirs:.1f}", f"{theirs / mine:.2f}"]
+        first, off = us[forms[0]], case["forms"][forms[0]]["off"]
+        cells.append(f"{first[f'{label} metadata']:.1f} / {first['peer metadata']:.1f}")
+        cells.append(f"{off[label]:.1e} / {off['peer']:.1e}")
+        if case["dense"]:
+            last = us[forms[-1]]
+            mine, all_keys = last[label], last[f"{label} dense"]
+            dense.append(f"| {case['name']} | {mine:.1f} | {all_keys:.1f} | {all_keys / mine:.2f} |")
+        else:
+            lines.append("| " + " | ".join(cells) + " |")
+    native = ": no SM120 card" if forms != [NATIVE] else ""
+    text = TEXT.format(native=native, date=report["date"], device=report["device"], sms=report["sms"])
+    return (
+        text
+        + "\n".join(lines)
+        + f"\n\n## Beside our own dense call\n\nThe same rows and keys, all of them scored, bf16 "
+        f"logits; {forms[-1]}.\n\n" + "\n".join(dense) + "\n"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("mode", choices=("build", "run"))
+    parser.add_argument("mode", choices=("build", "run", "show"))
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--forms", type=several(among=(*FORMS, NATIVE)), default=["x1", "x2s"])
@@ -290,6 +369,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.mode == "build":
         build(arguments.forms, SMS, "sm_90a").write(arguments.into)
+        return 0
+    if arguments.mode == "show":
+        DOCUMENT.write_text(document(json.loads(arguments.folder.read_text())))
         return 0
     device, arch = torch.device("cuda", 0), architecture()
     forms = [NATIVE] if arch == GEOMETRY else arguments.forms
@@ -302,8 +384,11 @@ def main() -> int:
     for case in cases:
         results.append(measure(case, forms, trees, kernels, clock, cache, sms))
         print(line(results[-1], trees[-1].label), flush=True)
+    report = {"date": str(date.today()), "device": torch.cuda.get_device_name(device), "sms": sms, "cases": results}
     if arguments.out:
-        arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(device), "cases": results}, indent=1))
+        arguments.out.write_text(json.dumps(report, indent=1))
+    elif not arguments.tree and not arguments.case:
+        DOCUMENT.write_text(document(report))
     return 0
 
 

@@ -104,17 +104,18 @@ def _split(fp4: bool) -> int:
     return 640 if fp4 else 512
 
 
-def metadata_kernel(fp4: bool, width: int, block: int, page: int, num_sms: int) -> Kernel:
-    """Plans; shared memory holds both rows' lists and what they merge to."""
+def metadata_kernel(fp4: bool, width: int, block: int, page: int, num_sms: int, unaligned: bool = False) -> Kernel:
+    """Plans; shared memory holds both rows' lists and what they merge to. `page` 0: ragged."""
     per_split, warps = _split(fp4) // block, METADATA_THREADS // 32
     words = 4 * width + -(-2 * width // per_split) + warps + 1 + warps * (SPLITS_PER_ENTRY + 1)
     shared = -(-(-(-4 * words // 16) * 16 + 32 + 4) // 128) * 128
+    paged = str(page > 0).lower()
     name = "sched::sparse_mqa_logits::sm100_sparse_mqa_logits_metadata"
-    numbers = (2, _split(fp4), block, width, page, SPLITS_PER_ENTRY, num_sms, METADATA_THREADS)
+    numbers = (2, _split(fp4), block, width, page or 1, SPLITS_PER_ENTRY, num_sms, METADATA_THREADS)
     return Kernel(
         label="sparse metadata",
         header="scheduler/sm100_sparse_mqa_logits_metadata.cuh",
-        instance=f"deep_gemm::{name}<true, false, {', '.join(map(str, numbers))}>",
+        instance=f"deep_gemm::{name}<{paged}, {str(unaligned).lower()}, {', '.join(map(str, numbers))}>",
         threads=METADATA_THREADS,
         shared_bytes=shared,
         math_warps=0,
@@ -132,6 +133,22 @@ def logits_kernel(fp4: bool, rows: int, block: int, page: int, num_sms: int) -> 
         instance=f"deep_gemm::sm120_fp8_fp4_sparse_mqa_logits_kernel<{arguments}>",
         threads=128,
         shared_bytes=shared,
+        math_warps=4,
+    )
+
+
+def ragged_logits_kernel(rows: int, num_sms: int, unaligned: bool = False) -> Kernel:
+    """MXFP4, 2,048 blocks of 8 keys of one run: 128 threads gather, 128 score; 4 blocks an SM, 2 stages of 64 keys."""
+    tile = -(-(64 * 3 * 64 + 64 * 3 * 4 + 64 * 2 + 2 * 8 * 8) // 1024) * 1024
+    arguments = (
+        f"true, false, 8, 0, {num_sms}, {str(unaligned).lower()}, 4, true, true, true, {str(rows >= 64).lower()}"
+    )
+    return Kernel(
+        label="sparse logits, ragged",
+        header="impls/sm120_fp8_fp4_sparse_mqa_logits.cuh",
+        instance=f"deep_gemm::sm120_fp8_fp4_sparse_mqa_logits_kernel<{arguments}>",
+        threads=256,
+        shared_bytes=-(-(tile + 6 * 8) // 1024) * 1024,
         math_warps=4,
     )
 
@@ -186,6 +203,52 @@ def launch_metadata(
     )
     kernel = metadata_kernel(fp4, width, block, page, num_sms)
     return peer.Launch(kernel, (min(rows, 4 * num_sms), 1, 1), arguments)
+
+
+def launch_ragged_metadata(
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    keys: int,
+    lists: torch.Tensor,
+    metadata: torch.Tensor,
+    workspace: torch.Tensor,
+    num_sms: int,
+    unaligned: bool = False,
+) -> peer.Launch:
+    """Fills `metadata` for blocks of 8 keys of one run, MXFP4."""
+    rows, width = lists.shape
+    arguments = (
+        ("I", rows),
+        ("I", keys),
+        ("Q", starts.data_ptr()),
+        ("Q", ends.data_ptr()),
+        ("Q", 0),
+        ("Q", 0),
+        ("I", 0),
+        ("Q", 0),
+        ("Q", lists.data_ptr()),
+        ("Q", metadata.data_ptr()),
+        ("Q", workspace.data_ptr()),
+    )
+    kernel = metadata_kernel(True, width, 8, 0, num_sms, unaligned)
+    return peer.Launch(kernel, (min(-(-rows // 2), 4 * num_sms), 1, 1), arguments)
+
+
+def launch_ragged_logits(
+    q: tuple[torch.Tensor, torch.Tensor],
+    kv: tuple[torch.Tensor, torch.Tensor],
+    weights: torch.Tensor,
+    metadata: torch.Tensor,
+    logits: torch.Tensor,
+    num_sms: int,
+    unaligned: bool = False,
+) -> peer.Launch:
+    """MXFP4, 2,048 blocks of 8 keys."""
+    rows = len(q[0])
+    pointers = (*q, *kv, weights, metadata, logits)
+    sizes = (rows, len(kv[0]), 0, metadata.numel(), weights.stride(0), logits.stride(0))
+    arguments = (*(("Q", tensor.data_ptr()) for tensor in pointers), *(("Q", size) for size in sizes), ("I", 2048 * 8))
+    return peer.Launch(ragged_logits_kernel(rows, num_sms, unaligned), (4 * num_sms, 1, 1), arguments)
 
 
 def launch_logits(
