@@ -5,8 +5,8 @@
 //
 // Bound   64 heads of 128: 64 FP8 or 32 FP4 mma for 32 keys and one token, 1024 or 512 clocks of a tensor pipe, against 4224
 //         or 2176 bytes of keys. One token a request is bound by DRAM; more tokens, or rows that share keys, by the tensor
-//         pipe. Registers are what is scarce: a warp fills 64 of its 168 with queries, which is 64 heads of FP8, twice as
-//         many of FP4. So it takes kTokens tokens, and what it costs to bring a key is divided by as many.
+//         pipe. Registers are what is scarce: 64 heads of FP8 take 64 of a warp's 168. Where heads are few a warp takes
+//         kTokens tokens, and what it costs to bring a key is divided by as many.
 #pragma once
 
 #include "stream.cuh"

@@ -1,7 +1,7 @@
 // The inner loop: one warp, the tokens whose queries it holds, and tile after tile of keys.
 //
 // Keys go from global memory straight into B fragments: while one half of a tile is multiplied, the same half of the next
-// tile is on its way, and the place of the tile after it. No shared memory, no barrier.
+// tile is on its way. No shared memory, no barrier.
 #pragma once
 
 #include "keys.cuh"
@@ -24,8 +24,8 @@ struct Stream {
     uint32 scale, next_scale;
 
     // Both sides of a branch that is never taken want the words, so the compiler asks for them before it. It would otherwise
-    // move all loads to the end of the turn, since nothing in it needs them, and nothing would hide how long they take: 12%
-    // of prefill's time (H100, 25 Nov 2026).
+    // move all loads to the end of the turn, since nothing in it needs them, and nothing would hide how long they take (64 x
+    // 16K, FP8, stand-in on an H100: 62 instead of 57 us; prefill of 2,048 rows 457 instead of 380; 25 Nov 2026).
     template <int Half>
     __device__ void demand() {
         if (never) {
