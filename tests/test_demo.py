@@ -153,7 +153,14 @@ def test_paged_unlike_ragged_fails(run, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--next-n", "0"], ["--keys", "-1"], ["--prefill", "--next-n", "2"], ["--sparse", "--prefill"]]
+    "arguments",
+    [
+        ["--next-n", "0"],
+        ["--keys", "-1"],
+        ["--prefill", "--next-n", "2"],
+        ["--sparse", "--prefill"],
+        ["--sparse", "--topk"],
+    ],
 )
 def test_wrong_arguments(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -288,8 +288,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.prefill and args.next_n > 1:
         parser.error("--next-n is for decode: in a prefill every row is a token")
     if args.sparse:
-        if args.prefill or args.save or args.next_n > 1:
-            parser.error("--sparse is a decode step of one token each, without --save")
+        if args.prefill or args.save or args.topk or args.next_n > 1:
+            parser.error("--sparse is a decode step of one token each, without --save and --topk")
         args.fp4, args.heads = True, 32
         args.keys = [0, 137, 12_000, 20_000] if args.keys == parser.get_default("keys") else args.keys
     return args
