@@ -64,8 +64,8 @@ def on_float64(function, i: Instruction, kind: Type):
 
 
 def saturate(value):
-    """[0, 1], NaN becomes 0."""
-    return np.where(np.isnan(value), value.dtype.type(0), np.clip(value, 0, 1)).astype(value.dtype)
+    """[+0, 1]; NaN becomes 0."""
+    return np.where(value > 0, np.minimum(value, 1), value.dtype.type(0)).astype(value.dtype)
 
 
 def relu(value):
