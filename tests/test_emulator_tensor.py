@@ -118,8 +118,8 @@ def run(opcode: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, scales="", sa=
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray, epsilon=64 * 2**-24) -> None:
-    """Error relative to the sum of the terms' magnitudes, which is what rounding is relative to: half a unit in the last
-    place for each of up to 64 sums in float32."""
+    """Error relative to the sum of the terms' magnitudes, which is what rounding is relative to: half a unit in the
+    last place for each of up to 64 sums in float32."""
     error = np.abs(got.astype(float) - pack_d(want)) / pack_d(magnitude)
     assert error.max() < epsilon, (
         f"largest error {error.max():.3g} at (warp, lane, register) {np.argwhere(error == error.max())[0]}"
