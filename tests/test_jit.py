@@ -449,7 +449,7 @@ def test_processes_that_are_spawned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["daemon", "thread", "exception", "killed"])
 def test_the_interpreter_ends_while_a_kernel_compiles(tmp_path: Path, way: str) -> None:
-    """It ends at once, or after the compilation if a thread that it waits for compiles; what is kept is whole."""
+    """It ends after the compilation, without a crash; what is kept is whole."""
     code = f"""
         import os, signal, sys, threading
         compiling, real = threading.Event(), compiler._nvrtc
@@ -469,8 +469,9 @@ def test_the_interpreter_ends_while_a_kernel_compiles(tmp_path: Path, way: str) 
         if {way!r} == "killed":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             os.kill(os.getpid(), signal.SIGTERM)"""
-    assert run(code).splitlines() == ["ends", "compiled True"][: 2 if way == "thread" else 1]
-    assert len(entries(tmp_path / "cache")) == (way == "thread")
+    lines = run(code).splitlines()
+    assert lines == ["ends", "compiled True"] or way != "thread" and lines == ["ends"]
+    assert len(entries(tmp_path / "cache")) == 1
     assert_whole(tmp_path / "cache")
     assert adds(make_kernel())
 

@@ -4,6 +4,7 @@ A call that has been made before costs a dictionary look-up, the packing of one 
 synchronisation, no allocation, no compilation; it may be captured into a CUDA graph.
 """
 
+import atexit
 import ctypes
 import os
 import threading
@@ -36,6 +37,15 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _let_compilation_end() -> None:
+    """The interpreter ends: a compiler still at work in another thread would crash when its library is torn down. Nothing
+    is compiled from here on."""
+    _loading.acquire(timeout=60)
+
+
+atexit.register(_let_compilation_end)
 
 
 def architecture_of(device: torch.device) -> str:
