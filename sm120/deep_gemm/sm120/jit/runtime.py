@@ -40,8 +40,8 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _let_compilation_end() -> None:
-    """The interpreter ends: a compiler still at work in another thread would crash when its library is torn down. Nothing
-    is compiled from here on."""
+    """The interpreter ends: a compiler still at work in another thread would crash when its library is torn down.
+    Nothing is compiled from here on."""
     _loading.acquire(timeout=60)
 
 
