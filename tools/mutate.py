@@ -1,8 +1,10 @@
-"""Would the tests notice?  Flips one small thing at a time in a copy of the package and runs a quick part of the tests.
+"""Would the tests notice?  Flips one small thing at a time in a copy of the tree and runs the tests that concern it.
 
-    python tools/mutate.py                all mutations; prints each one's fate, and the survivors at the end
-    python tools/mutate.py --only 3 17    these; --from 20: these and all after; --file cache: those of such files
-    python tools/mutate.py --check        only: does each still find its place?
+    python tools/mutate.py --jobs 12             all mutations; prints each one's fate, and the survivors at the end
+    python tools/mutate.py --file topk cache     those of files that are called so; --only 3 17: these
+    python tools/mutate.py --log fates.jsonl     writes each fate there, and goes on behind those that stand there
+    python tools/mutate.py --device cuda         on a GPU; what reads outside shows in the emulator alone
+    python tools/mutate.py --check               only: does each still find its place?
 
 A mutation is caught if a test fails, the compiler refuses it, or nothing comes back in time (a loop without an end).
 """
@@ -10,19 +12,23 @@ A mutation is caught if a test fails, the compiler refuses it, or nothing comes 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sm120" / "deep_gemm"
-PATIENCE = 240  # seconds
+PARTS = "sm120", "tests", "tools", "pyproject.toml"  # of the tree, that the tests need
 
 PAGED = [
     "test_paged.py::test_dims",
@@ -435,65 +441,121 @@ def misplaced() -> list[str]:
     return [f"{m.file}: '{m.applied(False)}' is there {count} times" for m, count in counts if count != 1]
 
 
-def survives(mutation: Mutation | None, tests: list[str]) -> tuple[bool, str]:
-    """Whether the tests pass on a mutated copy (None: as it is), and what caught it."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder, "deep_gemm")
-        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        if mutation:
-            file = package / mutation.file
-            file.write_text(file.read_text().replace(mutation.applied(False), mutation.applied(True)))
-        environment = os.environ | {
-            "PYTHONPATH": folder,
-            "DG_JIT_CACHE_DIR": str(Path(folder, "cache")),
-            "DG_TEST_DEVICES": "cpu",
-            "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(folder, "examples")),
-        }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += [f"tests/{test}" for test in tests]
-        try:
-            run = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                capture_output=True,
-                timeout=PATIENCE if mutation else None,
-            )
-        except subprocess.TimeoutExpired:
-            return False, "no end"
-    if run.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return run.returncode == 0, failed[0].split(" - ")[0] if failed else ""
+class Fate(NamedTuple):
+    file: str
+    text: str
+    survives: bool
+    by: str  # what caught it
+    seconds: int
+
+
+def _run(tree: Path, tests: list[str], device: str) -> None:
+    """Runs tests of `tree`, in a process of its own, and ends with pytest's status."""
+    os.setsid()
+    report = os.open(tree / "report.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(report, 1), os.dup2(report, 2)
+    os.chdir(tree)
+    os.environ.update(
+        PYTHONPATH=str(tree / "sm120"),
+        PYTHONDONTWRITEBYTECODE="1",
+        DG_JIT_CACHE_DIR=str(tree / "cache"),
+        DG_TEST_DEVICES=device,
+        HYPOTHESIS_STORAGE_DIRECTORY=str(tree / "examples"),
+    )
+    sys.path.insert(0, str(tree / "sm120"))
+    sys.dont_write_bytecode = True
+    import pytest
+    import torch
+
+    torch.seed()  # the process that this one was forked from has one for all
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+
+
+def _copy(source: Path, tree: Path) -> Path:
+    for part in PARTS:
+        if (source / part).is_dir():
+            shutil.copytree(source / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source / part, tree / part)
+    return tree
+
+
+def passes(tree: Path, tests: list[str], device: str, patience: float | None) -> tuple[bool, str]:
+    """Whether tests pass in a tree, and if not, what failed."""
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(tree, tests, device))
+    process.start()
+    process.join(patience)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return False, "no end"
+    report = (tree / "report.txt").read_text(errors="replace")
+    if process.exitcode not in (0, 1, 2) and process.exitcode >= 0:  # 2: what the tests import fails
+        raise RuntimeError(f"pytest ended with {process.exitcode}:\n{report[-4000:]}")
+    failed = [line for line in report.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return process.exitcode == 0, failed[0].split(" - ")[0] if failed else f"status {process.exitcode}"
+
+
+def fate(mutation: Mutation, base: Path, device: str, patience: float) -> Fate:
+    """What becomes of a mutation of the tree `base`."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        tree = _copy(base, Path(folder))
+        if not mutation.file.endswith(".cuh"):  # the kernels are as they were
+            shutil.copytree(base / "cache", tree / "cache")
+        file = tree / "sm120" / "deep_gemm" / mutation.file
+        file.write_text(file.read_text().replace(mutation.applied(False), mutation.applied(True)))
+        passed, by = passes(tree, TESTS[mutation.file], device, patience)
+    return Fate(*mutation, passed, "" if passed else by, round(time.monotonic() - start))
+
+
+def fates(mutations: list[Mutation], jobs: int, device: str, patience: float, sound: bool) -> Iterator[Fate]:
+    """The fates of mutations as they become known; first, unless it is known, whether the tests pass without any."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        base = _copy(ROOT, Path(folder))
+        (base / "cache").mkdir()
+        if not sound:
+            tests = list(dict.fromkeys(test for mutation in mutations for test in TESTS[mutation.file]))
+            passed, by = passes(base, tests, device, None)
+            if not passed:
+                raise SystemExit(f"the tests fail on the tree as it is: {by}")
+        for future in as_completed([pool.submit(fate, mutation, base, device, patience) for mutation in mutations]):
+            yield future.result()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, nargs="+", help="numbers of mutations")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first mutation")
-    parser.add_argument("--file", default="", help="part of the names of files")
+    parser.add_argument("--file", nargs="+", default=[""], help="parts of the names of files")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--log", type=Path, help="a file of fates, which are added to, and not found out again")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests run")
+    parser.add_argument("--patience", type=float, default=240, help="seconds until nothing is expected to come back")
+    parser.add_argument("--sound", action="store_true", help="the tests are known to pass on the tree as it is")
     parser.add_argument("--check", action="store_true", help="only see that every mutation finds its place")
     arguments = parser.parse_args()
     lost = misplaced()
     print("\n".join(lost) or f"{len(ALL)} mutations find their place")
     if lost or arguments.check:
         return bool(lost)
-    passed, by = survives(None, list(dict.fromkeys(t for f, ts in TESTS.items() if arguments.file in f for t in ts)))
-    if not passed:
-        print(f"the tests fail on the package as it is: {by}")
-        return 1
-    left = []
-    for number in arguments.only or range(arguments.first, len(ALL)):
-        mutation, start = ALL[number], time.monotonic()
-        if arguments.file not in mutation.file:
-            continue
-        survived, by = survives(mutation, TESTS[mutation.file])
-        left += [mutation] * survived
-        fate = f"SURVIVES {EXPLAINED.get(mutation.text, '')}" if survived else f"caught by {by}"
-        print(f"{number:2} {mutation.file}: {mutation.text}  {fate} ({time.monotonic() - start:.0f} s)", flush=True)
-    print(f"{len(left)} survive")
-    return any(mutation.text not in EXPLAINED for mutation in left)
+
+    known = arguments.log.read_text().splitlines() if arguments.log and arguments.log.exists() else []
+    known = {Mutation(fate.file, fate.text): fate for fate in (Fate(*json.loads(line)) for line in known)}
+    chosen = [ALL[number] for number in arguments.only or range(len(ALL))]
+    chosen = [mutation for mutation in chosen if any(part in mutation.file for part in arguments.file)]
+    left = [known[mutation] for mutation in chosen if mutation in known and known[mutation].survives]
+    chosen = [mutation for mutation in chosen if mutation not in known]
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.jobs > 1 else str(os.cpu_count()))
+    multiprocessing.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])
+    for one in fates(chosen, arguments.jobs, arguments.device, arguments.patience, arguments.sound):
+        if arguments.log:
+            with arguments.log.open("a") as log:
+                log.write(json.dumps(one) + "\n")
+        left += [one] * one.survives
+        what = f"SURVIVES {EXPLAINED.get(one.text, '')}" if one.survives else f"caught by {one.by}"
+        print(f"{ALL.index(one[:2]):3} {one.file}: {one.text}  {what} ({one.seconds} s)", flush=True)
+    print(f"{len(left)} survive, {sum(one.text in EXPLAINED for one in left)} of them explained")
+    return any(one.text not in EXPLAINED for one in left)
 
 
 if __name__ == "__main__":
