@@ -29,6 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sm120" / "deep_gemm"
 PARTS = "sm120", "tests", "tools", "pyproject.toml"  # of the tree, that the tests need
+PATIENCE = 240  # seconds
 
 PAGED = [
     "test_paged.py::test_dims",
@@ -480,7 +481,7 @@ def _copy(source: Path, tree: Path) -> Path:
     return tree
 
 
-def passes(tree: Path, tests: list[str], device: str, patience: float | None) -> tuple[bool, str]:
+def passes(tree: Path, tests: list[str], device: str, patience: float | None = None) -> tuple[bool, str]:
     """Whether tests pass in a tree, and if not, what failed."""
     process = multiprocessing.get_context("forkserver").Process(target=_run, args=(tree, tests, device))
     process.start()
@@ -493,48 +494,55 @@ def passes(tree: Path, tests: list[str], device: str, patience: float | None) ->
     if process.exitcode not in (0, 1, 2) and process.exitcode >= 0:  # 2: what the tests import fails
         raise RuntimeError(f"pytest ended with {process.exitcode}:\n{report[-4000:]}")
     failed = [line for line in report.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return process.exitcode == 0, failed[0].split(" - ")[0] if failed else f"status {process.exitcode}"
+    if process.exitcode == 0:
+        return True, ""
+    return False, failed[0].split(" - ")[0] if failed else f"status {process.exitcode}"
 
 
-def fate(mutation: Mutation, base: Path, device: str, patience: float) -> Fate:
-    """What becomes of a mutation of the tree `base`."""
+def fate(mutation: Mutation, base: Path, device: str, until: float) -> Fate | None:
+    """What becomes of a mutation of the tree `base`; None if time is up before it is known."""
     start = time.monotonic()
+    if start > until:
+        return None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tree = _copy(base, Path(folder))
         if not mutation.file.endswith(".cuh"):  # the kernels are as they were
             shutil.copytree(base / "cache", tree / "cache")
         file = tree / "sm120" / "deep_gemm" / mutation.file
         file.write_text(file.read_text().replace(mutation.applied(False), mutation.applied(True)))
-        passed, by = passes(tree, TESTS[mutation.file], device, patience)
-    return Fate(*mutation, passed, "" if passed else by, round(time.monotonic() - start))
+        passed, by = passes(tree, TESTS[mutation.file], device, min(PATIENCE, until - start))
+    if by == "no end" and time.monotonic() > until:
+        return None
+    return Fate(*mutation, passed, by, round(time.monotonic() - start))
 
 
-def fates(mutations: list[Mutation], jobs: int, device: str, patience: float, sound: bool) -> Iterator[Fate]:
+def fates(mutations: list[Mutation], jobs: int, device: str, until: float, sound: bool) -> Iterator[Fate]:
     """The fates of mutations as they become known; first, unless it is known, whether the tests pass without any."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         base = _copy(ROOT, Path(folder))
         (base / "cache").mkdir()
         if not sound:
             tests = list(dict.fromkeys(test for mutation in mutations for test in TESTS[mutation.file]))
-            passed, by = passes(base, tests, device, None)
+            passed, by = passes(base, tests, device)
             if not passed:
                 raise SystemExit(f"the tests fail on the tree as it is: {by}")
-        for future in as_completed([pool.submit(fate, mutation, base, device, patience) for mutation in mutations]):
-            yield future.result()
+        for future in as_completed([pool.submit(fate, mutation, base, device, until) for mutation in mutations]):
+            if future.result() is not None:
+                yield future.result()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, nargs="+", help="numbers of mutations")
-    parser.add_argument("--file", nargs="+", default=[""], help="parts of the names of files")
+    parser.add_argument("--file", nargs="+", default=[""], help="parts of the names of files, in turn")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--log", type=Path, help="a file of fates, which are added to, and not found out again")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests run")
-    parser.add_argument("--patience", type=float, default=240, help="seconds until nothing is expected to come back")
+    parser.add_argument("--seconds", type=float, default=1e9, help="what is not known after so many is left unknown")
     parser.add_argument("--sound", action="store_true", help="the tests are known to pass on the tree as it is")
     parser.add_argument("--check", action="store_true", help="only see that every mutation finds its place")
     arguments = parser.parse_args()
-    lost = misplaced()
+    lost, until = misplaced(), time.monotonic() + arguments.seconds
     print("\n".join(lost) or f"{len(ALL)} mutations find their place")
     if lost or arguments.check:
         return bool(lost)
@@ -542,12 +550,12 @@ def main() -> int:
     known = arguments.log.read_text().splitlines() if arguments.log and arguments.log.exists() else []
     known = {Mutation(fate.file, fate.text): fate for fate in (Fate(*json.loads(line)) for line in known)}
     chosen = [ALL[number] for number in arguments.only or range(len(ALL))]
-    chosen = [mutation for mutation in chosen if any(part in mutation.file for part in arguments.file)]
+    chosen = list(dict.fromkeys(m for part in arguments.file for m in chosen if part in m.file))
     left = [known[mutation] for mutation in chosen if mutation in known and known[mutation].survives]
     chosen = [mutation for mutation in chosen if mutation not in known]
     os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.jobs > 1 else str(os.cpu_count()))
     multiprocessing.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])
-    for one in fates(chosen, arguments.jobs, arguments.device, arguments.patience, arguments.sound):
+    for one in fates(chosen, arguments.jobs, arguments.device, until, arguments.sound):
         if arguments.log:
             with arguments.log.open("a") as log:
                 log.write(json.dumps(one) + "\n")
