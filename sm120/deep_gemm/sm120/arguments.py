@@ -195,9 +195,11 @@ def key_run(
     return keys, checks.contiguous("kv scales", scales)
 
 
-def bounds(starts: Any, ends: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+def bounds(
+    starts: Any, ends: Any, rows: int, device: torch.device, names=("cu_seq_len_k_start", "cu_seq_len_k_end")
+) -> dict[str, torch.Tensor]:
     """The bounds of each row's keys by name, contiguous int32 [rows] both."""
-    named = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
+    named = dict(zip(names, (starts, ends)))
     for name, bound in named.items():
         checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device, "q"))
     return named

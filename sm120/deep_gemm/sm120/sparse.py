@@ -58,7 +58,7 @@ def get_sparse_mqa_logits_metadata(
     lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
     checks.boolean("use_unaligned_ks", use_unaligned_ks)
     if debug.ON:
-        debug.ragged(*bounds.values(), keys=num_kv_tokens, columns=0)
+        debug.ragged(*bounds.values(), keys=num_kv_tokens)
         debug.lists(lists, cu_seq_len_k_start, cu_seq_len_k_end, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)
     windows = windows_of_bounds(cu_seq_len_k_start, cu_seq_len_k_end, num_kv_tokens)
@@ -102,9 +102,7 @@ def get_paged_sparse_mqa_logits_metadata(
         checks.tensor("indices", indices, arguments.INT32, (rows,), device)
     lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
     if debug.ON:
-        lengths = context_lens.view(-1)
-        debug.lengths(context_lens)
-        debug.lists(lists, torch.zeros_like(lengths), lengths, block=block)
+        debug.paged_lists(lists, context_lens, block_table, page=page_kv, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)
     limit = min(block_table.shape[1] * page_kv, 2**31 - 1)
     windows = windows_of_lengths(context_lens.view(-1), 1, limit)
@@ -204,8 +202,9 @@ def _sparse(
 
     if debug.ON:
         debug.sparse_metadata(
-            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned)
-        )
+            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned),
+            block=block, places=places,
+        )  # fmt: skip
     slots = sms_to_use(device)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))
     config = logits.configure(
