@@ -1,6 +1,7 @@
 """What `test_garbage.py` proves of the logits, of top-k and of candidates: whatever lengths, bounds and tables hold,
 nothing is touched that was not handed in, everything ends, and rows without garbage are exact."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +67,41 @@ def test_topk(device: str, data: st.DataObject) -> None:
             sorted(positions[row, : len(expected)].tolist()) == expected
             and (positions[row, len(expected) :] == -1).all()
         )
+
+
+@pytest.mark.parametrize("pages", [0, 1, 3])
+@pytest.mark.parametrize("lengths, k", [([100, 60], 120), ([700, 500], 90), ([9000, 8000], 600)])
+def test_a_table_that_is_too_narrow(device: str, lengths: list[int], k: int, pages: int) -> None:
+    """What lies past it is on its last page; a table without columns is none."""
+    page, rows = 16, len(lengths)
+    table = torch.randint(0, 2**20, (rows, 5), dtype=torch.int32, device=device)[:, :pages]
+    positions = torch.full((rows, k), NOTHING, dtype=torch.int32, device=device)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    logits = torch.randn(rows, max(lengths), device=device)
+    out = sm120.topk(logits, lens, k, block_table=table, page=page, positions=positions)
+    for row, expected in enumerate(reference.topk(logits.cpu(), lengths, k)):
+        at = positions[row, : len(expected)].long()
+        assert sorted(at.tolist()) == expected and (out[row, len(expected) :] == -1).all()
+        places = table[row][(at // page).clamp(max=pages - 1)] * page + at % page if pages else at
+        assert torch.equal(out[row, : len(expected)], places.int())
+
+
+@pytest.mark.parametrize("width", [1, 20, 300])
+def test_blocks_behind_the_last_key(device: str, width: int) -> None:
+    """The largest of all, just behind each row's end, is never chosen, wherever in a block that is."""
+    lengths = [80, 81, 87, 88, 8, 1, 0, 160, 159, 153]
+    counts = [-(-length // 8) for length in lengths]
+    maxima = torch.randn(len(lengths), 20, device=device)
+    for row, count in enumerate(counts):
+        maxima[row, count:] = torch.inf
+    table = torch.randint(0, 2**20, (len(lengths), 3), dtype=torch.int32, device=device)
+    pages = torch.full((len(lengths), width), NOTHING, dtype=torch.int32, device=device)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    out = sm120.candidate_blocks(maxima, lens, width, block_table=table, page=64, pages=pages)
+    for row, expected in enumerate(reference.topk(maxima.cpu(), counts, width)):
+        rest = [2**31 - 1] * (width - len(expected))
+        assert out[row].tolist() == expected + rest
+        assert pages[row].tolist() == [8 * int(table[row, block // 8]) + block % 8 for block in expected] + rest
 
 
 @given(st.data())
