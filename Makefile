@@ -32,7 +32,7 @@ test: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(VENV)/.$(KIND)
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py tests/test_topk_garbage.py $(ARGS)
 
 soak: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --soak=100000 tests/test_soak.py $(ARGS)

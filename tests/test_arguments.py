@@ -404,6 +404,8 @@ WRONG_PAGED_LISTS = [
     ("context_lens", lambda lens: lens.long(), "int32"),
     ("context_lens", lambda lens: lens.tolist(), "int32 tensor"),
     ("context_lens", lambda lens: strided(lens), "contiguous"),
+    ("context_lens", lambda lens: lens.to("meta"), "on the CPU or a CUDA device"),
+    ("block_table", lambda table: table.to("meta"), "on cpu"),
     ("block_table", lambda table: table[:2], "[3, columns]"),
     ("block_table", lambda table: table.long(), "int32"),
     ("indices", lambda ids: ids[:2], "[3]"),
@@ -413,6 +415,7 @@ WRONG_PAGED_LISTS = [
 WRONG_RAGGED_LISTS = [
     ("cu_seq_len_k_start", lambda ks: ks[None], "int32"),
     ("cu_seq_len_k_start", lambda ks: ks.long(), "int32"),
+    ("cu_seq_len_k_start", lambda ks: ks.to("meta"), "on the CPU or a CUDA device"),
     ("cu_seq_len_k_end", lambda ke: ke[:2], "[3]"),
     ("num_kv_tokens", lambda keys: -1, "from 0"),
     ("num_kv_tokens", lambda keys: True, "True (bool)"),

@@ -18,6 +18,7 @@ from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import reference
+from deep_gemm.sm120.kernels import logits
 
 TOLERANCE = 1e-4  # a row may have one key, and its logit be a small difference
 PATIENCE = 120  # seconds; an example takes less than one
@@ -185,6 +186,18 @@ def test_ragged(device: str, data: st.DataObject) -> None:
     if columns:
         problem.ke = torch.minimum(problem.ke, problem.ks + columns)
     check(out, problem.expected(columns), TOLERANCE, cleaned=clean)
+
+
+@pytest.mark.parametrize("keys", [1, 384, 2**31 - 1])
+@pytest.mark.parametrize("rows", [1, 33, 2**31 - 1])
+def test_a_grid_is_one_that_can_be_launched(rows: int, keys: int) -> None:
+    """Of any size, on as many SMs as `set_num_sms` takes: CUDA's limits are 2^31 - 1 and 65,535 blocks."""
+    config = logits.configure("sm_120f", False, 64, 128, 0, torch.float32, torch.float32)
+    for sms in (1, 188, 2**16):
+        groups, parts = logits.shares(config, rows, keys, sms)
+        assert 1 <= groups < 2**31 and 1 <= parts <= 65535
+    if rows == 1:
+        assert (groups, parts) == (1, -(-keys // 384) if keys < 2**31 - 1 else 65535)
 
 
 @given(st.data())

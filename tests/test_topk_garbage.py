@@ -5,12 +5,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_garbage import ends, spoil
+from problems import Ragged
+from test_garbage import SIZES, SLOTS, ends, paged_problem, spoil
 
+import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
 
 NOTHING = -77777
+KS = st.sampled_from([1, 8, 512])
+SMS = st.sampled_from([None, 1, 4])  # with few of them some rows are many, and take turns
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -40,7 +44,7 @@ def test_topk(device: str, data: st.DataObject) -> None:
         table = table[:, : draw(st.integers(1, table.shape[1]))].contiguous()  # narrower than the rows are long
     got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
     out, positions = got
-    settings._num_sms = draw(st.sampled_from([None, 1, 4]))
+    settings._num_sms = draw(SMS)
     try:
         with ends():
             sm120.topk(
@@ -131,3 +135,72 @@ def test_candidates(device: str, data: st.DataObject) -> None:
     blocks = [-(-length // 8) for length in before[0][kept].tolist()]
     for row, expected in zip(kept, reference.topk(maxima[kept].cpu(), blocks, width)):
         assert out[row, : len(expected)].tolist() == expected
+
+
+def assert_chosen(positions: torch.Tensor, logits: torch.Tensor, lengths: list[int], starts: list[int]) -> None:
+    k = positions.shape[1]
+    for row, expected in enumerate(reference.topk(logits.cpu(), lengths, k, starts)):
+        assert sorted(positions[row, : len(expected)].tolist()) == expected
+        assert (positions[row, len(expected) :] == -1).all()
+
+
+@given(st.data())
+def test_paged_logits_and_choice(device: str, data: st.DataObject) -> None:
+    """Of a schedule that nobody has touched all rows are right, garbage taken as it is meant."""
+    draw = data.draw
+    problem, k = paged_problem(draw, device), draw(KS)
+    page, columns = problem.block_kv, problem.max_context_len
+    spoil(draw, problem.context_lens, [columns, problem.block_table.shape[1] * page])
+    spoil(draw, problem.block_table, [len(problem.kv_cache), 0])
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, page, draw(SLOTS))
+    whole = schedule.clone()
+    spoiled = spoil(draw, schedule, [0, len(problem.lengths)])
+    rows = len(problem.weights)
+    got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
+    out, positions = got
+    settings._num_sms = draw(SMS)
+    try:
+        with ends():
+            sm120.fp8_fp4_paged_mqa_topk(
+                *problem.arguments(schedule), k, translate=draw(st.booleans()), out=out, positions=positions
+            )
+    finally:
+        settings._num_sms = None
+    for result in got:
+        assert (result.as_strided((rows, k + 3), (k + 3, 1))[:-1, k:] == NOTHING).all()
+    assert ((positions >= -1) & (positions < columns)).all()
+    if not spoiled:
+        logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(whole))
+        limit = min(columns, problem.block_table.shape[1] * page)
+        lengths = reference.windows(problem.context_lens.long(), problem.next_n).clamp(0, limit).flatten().tolist()
+        assert_chosen(positions, logits, lengths, [0] * rows)
+
+
+@given(st.data())
+def test_ragged_logits_and_choice(device: str, data: st.DataObject) -> None:
+    draw = data.draw
+    keys, rows, k = draw(st.sampled_from([1, 31, 100, 513])), draw(st.integers(1, 40)), draw(KS)
+    bound = st.integers(0, keys)
+    starts, sizes = (draw(st.lists(bound, min_size=rows, max_size=rows)) for _ in range(2))
+    heads, dim, fp4, _ = draw(SIZES)
+    problem = Ragged(starts, [*map(sum, zip(starts, sizes))], keys, heads, dim, fp4, device=device)
+    table = torch.zeros(rows, draw(st.integers(0, 9)), dtype=torch.int32, device=device)
+    offset = torch.zeros(rows, dtype=torch.int32, device=device)
+    for tensor, near in ((problem.ks, [0, keys]), (problem.ke, [0, keys]), (table, [0]), (offset, [0])):
+        spoil(draw, tensor, near)
+    got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
+    out, positions = got
+    settings._num_sms = draw(SMS)
+    try:
+        with ends():
+            sm120.fp8_fp4_mqa_topk(
+                *problem.arguments(), k, offset=offset, block_table=table, page=16, out=out, positions=positions
+            )
+    finally:
+        settings._num_sms = None
+    for result in got:
+        assert (result.as_strided((rows, k + 3), (k + 3, 1))[:-1, k:] == NOTHING).all()
+    begins = problem.ks.long().clamp(min=0)
+    lengths = (problem.ke.long().clamp(max=keys) - begins).clamp(min=0).tolist()
+    logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
+    assert_chosen(positions, logits, lengths, begins.clamp(max=keys).tolist())

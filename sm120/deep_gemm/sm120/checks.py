@@ -69,13 +69,18 @@ def boolean(argument: str, value: Any) -> bool:
 
 def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
     """Refuses tensors that begin where no element of theirs can (where no word of four bytes can, if it has one byte:
-    kernels read words), and outputs that share memory with an input. Only suspects are looked at closely.
+    kernels read words), and outputs that share memory with an input or another output. Only suspects are looked at
+    closely.
     """
-    together = 0
+    together, before = 0, []
     for output in outputs.values():
         start = output.data_ptr()
         end = start + output.untyped_storage().nbytes()
         together |= start
+        for other, other_end in before:
+            if other < end and start < other_end:
+                _apart(inputs, outputs)
+        before.append((start, end))
         for value in inputs.values():
             if value is not None:
                 address = value.data_ptr()
@@ -83,9 +88,10 @@ def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torc
                 if address < end and start < address + value.untyped_storage().nbytes():
                     _apart(inputs, outputs)
     if together & 3:
-        for name, value in (*inputs.items(), *outputs.items()):
+        written = [(_ARGUMENT.get(name, name), value) for name, value in outputs.items()]
+        for name, value in (*inputs.items(), *written):
             if value is not None and value.data_ptr() % (needed := _ALIGNMENT.get(value.itemsize, 4)):
-                refuse(_ARGUMENT.get(name, name), value, f"a tensor that begins at a multiple of {needed} bytes")
+                refuse(name, value, f"a tensor that begins at a multiple of {needed} bytes")
 
 
 _ALIGNMENT = {2: 2}  # bytes of an element -> of its address
@@ -93,10 +99,12 @@ _ARGUMENT = {"logits": "out"}  # what kernels write -> what callers call it
 
 
 def _apart(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
+    others = dict(inputs)
     for name, output in outputs.items():
-        for other, value in inputs.items():
+        for other, value in others.items():
             if value is not None and overlap(output, value):
                 refuse(_ARGUMENT.get(name, name), output, f"memory of its own; this is {other}'s as well")
+        others[_ARGUMENT.get(name, name)] = output
 
 
 def overlap(rows: torch.Tensor, value: torch.Tensor) -> bool:

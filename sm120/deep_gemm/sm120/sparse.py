@@ -52,7 +52,7 @@ def get_sparse_mqa_logits_metadata(
     block = arguments.sparse_block(sparse_block_kv)
     if not isinstance(cu_seq_len_k_start, torch.Tensor) or cu_seq_len_k_start.dim() != 1:
         refuse("cu_seq_len_k_start", cu_seq_len_k_start, "an int32 tensor [rows]")
-    rows, device = cu_seq_len_k_start.shape[0], cu_seq_len_k_start.device
+    rows, device = cu_seq_len_k_start.shape[0], checks.on_a_device("cu_seq_len_k_start", cu_seq_len_k_start)
     bounds = arguments.bounds(cu_seq_len_k_start, cu_seq_len_k_end, rows, device)
     checks.integer("num_kv_tokens", num_kv_tokens)
     lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
@@ -94,7 +94,7 @@ def get_paged_sparse_mqa_logits_metadata(
         refuse("page_kv", page_kv, f"a multiple of {block}, the keys of a block")
     if not isinstance(context_lens, torch.Tensor):
         refuse("context_lens", context_lens, "an int32 tensor")
-    rows, device = context_lens.numel(), context_lens.device
+    rows, device = context_lens.numel(), checks.on_a_device("context_lens", context_lens)
     checks.tensor("context_lens", context_lens, arguments.INT32, context_lens.shape, device)
     checks.contiguous("context_lens", context_lens)
     arguments.block_table(block_table, rows, device)

@@ -396,6 +396,8 @@ def _result(argument: str, value: Any, dtype: torch.dtype, rows: int, k: int, de
     if value is None:
         return torch.empty((rows, k), dtype=dtype, device=device)
     checks.tensor(argument, value, (dtype,), (rows, k), device)
+    if value.requires_grad:
+        refuse(argument, value, "a tensor that requires no grad")
     row_stride, column_stride = value.stride()
     if k > 1 and column_stride != 1 or rows > 1 and row_stride < k:
         refuse(argument, value, "stride 1 in the last dimension and rows that do not overlap")
