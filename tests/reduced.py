@@ -18,9 +18,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-os.environ.setdefault("DG_SM120_FORCE", "1")
 if __name__ == "__main__":  # before what it brings
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    os.environ.setdefault("DG_SM120_FORCE", "1")
     sys.path.insert(1, str(Path(__file__).parent.parent / "sm120"))
 
 import torch
@@ -31,6 +31,7 @@ import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference
 from deep_gemm.sm120.jit import launch
+from deep_gemm.sm120.kernels import sparse
 
 EDGES = [-(2**31), -257, -1, 0, 1, 2**24, 2**30, 2**31 - 1]
 FAULTS = {  # tool -> a body for the kernel that adds vectors
@@ -110,9 +111,7 @@ class Suite:
             problem.context_lens, problem.block_table = self.spoiled(problem.context_lens, problem.block_table)
         else:
             problem.ks, problem.ke = self.spoiled(problem.ks, problem.ke)
-        metadata = problem.metadata()
-        if self.garbage:
-            metadata = self.spoiled(metadata.view(torch.int32))[0].view(torch.uint8)
+        metadata = self.foreign(problem) if self.garbage else problem.metadata()
         out = self.output(len(lengths), problem.width * problem.block, torch.bfloat16)
         problem.logits(metadata, out)
         self.compare(out, problem.expected)
@@ -190,6 +189,15 @@ class Suite:
                 torch.where(torch.rand(values.shape) < 0.5, anything, values).view(tensor.shape).to(self.device)
             )
         return made
+
+    def foreign(self, problem: Sparse) -> torch.Tensor:
+        """Metadata of which the rows' seals alone are right."""
+        problem.metadata()
+        rows, pitch = len(problem.lengths), sparse.pitch(problem.width)
+        words = torch.randint(-(2**31), 2**31, (sparse.size(rows, problem.width) // 4,)).int()
+        seal = sparse.seal(problem.width, problem.block, problem.block_kv, problem.unaligned)
+        words[sparse.FIRST_ROW // 4 :: pitch // 4] = seal - 2**32 * (seal >= 2**31)
+        return words.view(torch.uint8).to(self.device)
 
     def compare(self, out: torch.Tensor, expected: Callable[[], torch.Tensor], cleaned: bool = False) -> None:
         if not self.garbage:

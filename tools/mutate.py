@@ -29,7 +29,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sm120" / "deep_gemm"
 PARTS = "sm120", "tests", "tools", "pyproject.toml"  # of the tree, that the tests need
-PATIENCE = 240  # seconds
 
 PAGED = [
     "test_paged.py::test_dims",
@@ -501,7 +500,7 @@ def passes(tree: Path, tests: list[str], device: str, patience: float | None = N
     return False, failed[0].split(" - ")[0] if failed else f"status {process.exitcode}"
 
 
-def fate(mutation: Mutation, base: Path, device: str, until: float) -> Fate | None:
+def fate(mutation: Mutation, base: Path, device: str, patience: float, until: float) -> Fate | None:
     """What becomes of a mutation of the tree `base`; None if time is up before it is known."""
     start = time.monotonic()
     if start > until:
@@ -512,13 +511,15 @@ def fate(mutation: Mutation, base: Path, device: str, until: float) -> Fate | No
             shutil.copytree(base / "cache", tree / "cache")
         file = tree / "sm120" / "deep_gemm" / mutation.file
         file.write_text(file.read_text().replace(mutation.applied(False), mutation.applied(True)))
-        passed, by = passes(tree, TESTS[mutation.file], device, min(PATIENCE, until - start))
+        passed, by = passes(tree, TESTS[mutation.file], device, min(patience, until - start))
     if by == "no end" and time.monotonic() > until:
         return None
     return Fate(*mutation, passed, by, round(time.monotonic() - start))
 
 
-def fates(mutations: list[Mutation], jobs: int, device: str, until: float, sound: bool) -> Iterator[Fate]:
+def fates(
+    mutations: list[Mutation], jobs: int, device: str, patience: float, until: float, sound: bool
+) -> Iterator[Fate]:
     """The fates of mutations as they become known; first, unless it is known, whether the tests pass without any."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         base = _copy(ROOT, Path(folder))
@@ -528,7 +529,8 @@ def fates(mutations: list[Mutation], jobs: int, device: str, until: float, sound
             passed, by = passes(base, tests, device)
             if not passed:
                 raise SystemExit(f"the tests fail on the tree as it is: {by}")
-        for future in as_completed([pool.submit(fate, mutation, base, device, until) for mutation in mutations]):
+        known = [pool.submit(fate, mutation, base, device, patience, until) for mutation in mutations]
+        for future in as_completed(known):
             if future.result() is not None:
                 yield future.result()
 
@@ -540,6 +542,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--log", type=Path, help="a file of fates, which are added to, and not found out again")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests run")
+    parser.add_argument("--patience", type=float, default=240, help="seconds after which nothing will come back")
     parser.add_argument("--seconds", type=float, default=1e9, help="what is not known after so many is left unknown")
     parser.add_argument("--sound", action="store_true", help="the tests are known to pass on the tree as it is")
     parser.add_argument("--check", action="store_true", help="only see that every mutation finds its place")
@@ -557,7 +560,7 @@ def main() -> int:
     chosen = [mutation for mutation in chosen if mutation not in known]
     os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.jobs > 1 else str(os.cpu_count()))
     multiprocessing.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])
-    for one in fates(chosen, arguments.jobs, arguments.device, until, arguments.sound):
+    for one in fates(chosen, arguments.jobs, arguments.device, arguments.patience, until, arguments.sound):
         if arguments.log:
             with arguments.log.open("a") as log:
                 log.write(json.dumps(one) + "\n")

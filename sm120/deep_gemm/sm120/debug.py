@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from .checks import ArgumentError
+from .kernels.sparse import FIRST_ROW
 
 ON = os.environ.get("DG_SM120_DEBUG") == "1"
 
@@ -125,7 +126,7 @@ def paged_lists(
 @_unless_captured
 def sparse_metadata(metadata: torch.Tensor, *, rows: int, pitch: int, seal: int, block: int, places: int) -> None:
     """Each row begins with the seal of the sizes that the call has, and its blocks lie where there are keys."""
-    bytes_ = metadata[192 : 192 + rows * pitch].view(rows, pitch // 4, 4)
+    bytes_ = metadata[FIRST_ROW : FIRST_ROW + rows * pitch].view(rows, pitch // 4, 4)
     words = (bytes_ << torch.arange(0, 32, 8)).sum(dim=2)
     seals, columns, blocks = words[:, 0], words[:, 1], words[:, 4:]
     _look("metadata", seals, seals != seal, f"the seal {seal} of metadata made for these sizes")

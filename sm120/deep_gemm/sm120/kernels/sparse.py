@@ -10,7 +10,7 @@ from .logits import Config, Lists, SparseParams, rows_per_group
 from .windows import Windows
 
 # lists.cuh
-_FIRST_ROW = 192
+FIRST_ROW = 192
 _ROW_HEAD = 16
 
 _ENTRIES_PER_BLOCK = 1024  # of a list that a block takes at least
@@ -48,7 +48,7 @@ def pitch(width: int) -> int:
 
 def size(rows: int, width: int) -> int:
     """Bytes of metadata."""
-    return _FIRST_ROW + rows * pitch(width)
+    return FIRST_ROW + rows * pitch(width)
 
 
 def seal(width: int, block: int, page: int, unaligned: bool) -> int:
