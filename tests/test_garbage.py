@@ -151,6 +151,20 @@ def test_lengths_at_the_ends_of_int32(device: str, next_n: int, flat: bool, slot
     check(out.cpu(), meant(problem).cpu(), TOLERANCE)
 
 
+@pytest.mark.parametrize("slots", [3, 60])
+@pytest.mark.parametrize("block_kv, longest", [(16, 5), (16, 40), (48, 50), (64, 70)])
+def test_a_table_that_just_fits(device: str, block_kv: int, longest: int, slots: int) -> None:
+    """Where rows of one request compare their pages, and a tile goes on behind the last of them."""
+    lengths = [longest] * 30
+    problem = Paged(lengths, heads=8, dim=32, block_kv=block_kv, device=device)
+    columns = -(-longest // block_kv)
+    problem.block_table = problem.block_table[-1:, :columns].repeat(30, 1)
+    out = poisoned(30, longest, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, block_kv, slots)
+    deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule), out=out)
+    check(out.cpu(), problem.expected().cpu(), TOLERANCE)
+
+
 @pytest.mark.parametrize("slots", [1, 30])
 @pytest.mark.parametrize("what", ["columns", "pages"])
 def test_no_room_at_all(device: str, what: str, slots: int) -> None:

@@ -70,33 +70,46 @@ MANY = [
     "test_garbage.py::test_paged_lengths_and_tables",
 ]
 FEW = ["test_paged.py::test_one_short_row", *PAGED]
+SMALL = "test_sanitizers.py::test_small_problems"
 # For each file the tests that concern it, the likeliest to notice first: a run ends at the first failure.
 TESTS = {
     "sm120/kernels/metadata.cuh": ["test_metadata.py", "test_garbage.py::test_metadata"],
     "sm120/kernels/window.cuh": [
         "test_metadata.py::test_a_row_is_as_long_as_its_longest_token",
         "test_garbage.py::test_lengths_at_the_ends_of_int32",
+        SMALL,
         *PAGED[3:9],
         *RAGGED,
         "test_garbage.py",
     ],
     "sm120/kernels/clean.cuh": [*CLEAN, "test_garbage.py::test_ragged"],
-    "sm120/kernels/formats.cuh": [*PAGED[:3], *ARCHITECTURES],
+    "sm120/kernels/formats.cuh": [*PAGED[:1], *ARCHITECTURES[:1], SMALL, *PAGED[1:3], *ARCHITECTURES[1:]],
     "sm120/kernels/ptx.cuh": [*PAGED[:6], "test_paged.py::TestForeignBytes", *ARCHITECTURES],
-    "sm120/kernels/score.cuh": [*FEW[:4], *PAGED, *RAGGED],
+    "sm120/kernels/score.cuh": [*FEW[:2], SMALL, *FEW[2:4], *PAGED, *RAGGED],
     "sm120/kernels/sinks.cuh": [*RAGGED, *PAGED[:4]],
-    "sm120/kernels/keys.cuh": [*FEW, *RAGGED, *MANY, "test_garbage.py"],
-    "sm120/kernels/stream.cuh": [*FEW, *RAGGED, *MANY],
-    "sm120/kernels/group.cuh": [*PAGED, *RAGGED, *MANY, "test_sharing.py", "test_fuzz.py"],
-    "sm120/kernels/rows.cuh": [*FEW, *MANY, "test_garbage.py", "test_sharing.py", "test_fuzz.py"],
+    "sm120/kernels/keys.cuh": [
+        "test_paged.py::test_page_sizes",
+        SMALL,
+        "test_paged.py::test_more_tiles_than_a_warp_has_lanes",
+        "test_garbage.py",
+        *FEW,
+        *RAGGED,
+        *MANY,
+        "test_sparse.py",
+    ],
+    "sm120/kernels/stream.cuh": [*FEW[:1], SMALL, *FEW[1:], *RAGGED, *MANY],
+    "sm120/kernels/group.cuh": [PAGED[0], SMALL, *PAGED, *RAGGED, *MANY, "test_rows.py", "test_sharing.py"],
+    "sm120/kernels/rows.cuh": [*FEW[:1], SMALL, *MANY, *FEW, "test_rows.py", "test_garbage.py", "test_sharing.py"],
     "sm120/kernels/ragged.cuh": [
+        RAGGED[0],
+        SMALL,
         *RAGGED,
         "test_garbage.py::test_ragged",
         "test_sharing.py",
         "test_fuzz.py::test_any_ragged",
     ],
-    "sm120/kernels/lists.cuh": ["test_sparse.py"],
-    "sm120/kernels/sparse_metadata.cuh": ["test_sparse.py"],
+    "sm120/kernels/lists.cuh": ["test_garbage.py::test_sparse", "test_sparse.py"],
+    "sm120/kernels/sparse_metadata.cuh": ["test_garbage.py::test_sparse", "test_sparse.py"],
     "sm120/kernels/metadata.py": ["test_garbage.py::test_metadata", "test_metadata.py"],
     "sm120/kernels/logits.py": [
         "test_garbage.py::test_a_grid_is_one_that_can_be_launched",
@@ -470,7 +483,8 @@ def _run(tree: Path, tests: list[str], device: str) -> None:
     import torch
 
     torch.seed()  # the process that this one was forked from has one for all
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+    chosen = [f"tests/{test}" for test in dict.fromkeys(tests)]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *chosen]))
 
 
 def _copy(source: Path, tree: Path) -> Path:
