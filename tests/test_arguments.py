@@ -367,6 +367,21 @@ def test_overlap_is_that_of_the_bytes() -> None:
     assert apart > 1000 and feared < 200  # where rows of different strides interleave, the answer is on the safe side
 
 
+@pytest.mark.parametrize("written", [False, True], ids=["an input", "another output"])
+@pytest.mark.parametrize("first", [0, 5, 19, 20, 39, 40, 50])
+def test_two_tensors_alone(first: int, written: bool) -> None:
+    """No third one raises a suspicion: 20 numbers at 20 beside 20 at another place, of one buffer or of two."""
+    room = torch.zeros(80)
+    one, other = room[20:40], room[first : first + 20]
+    inputs, outputs = ({}, {"one": one, "other": other}) if written else ({"one": one}, {"other": other})
+    if 0 < first < 40:
+        with pytest.raises(ArgumentError, match="other: expected memory of its own; this is one's as well"):
+            checks.memory(inputs, outputs)
+    else:
+        checks.memory(inputs, outputs)
+    checks.memory({"one": torch.zeros(20)}, {"other": torch.zeros(20)})
+
+
 def test_nothing_is_differentiated() -> None:
     arguments = paged_arguments()
     out = torch.zeros(6, 100, requires_grad=True)
