@@ -123,10 +123,11 @@ def overlap(rows: torch.Tensor, value: torch.Tensor) -> bool:
 def _extent(value: torch.Tensor) -> tuple[int, int, int, int]:
     """Address and bytes of a tensor, bytes from row to row, and bytes of a row (all but the first dimension)."""
     last = [(size - 1) * stride for size, stride in zip(value.shape, value.stride())]
-    row = (sum(last[1:]) + 1) * value.itemsize
     size = (sum(last) + 1) * value.itemsize
-    stride = value.stride()[0] * value.itemsize if value.dim() > 1 and value.shape[0] > 1 else size
-    return value.data_ptr(), size, max(stride, row), row
+    if value.dim() < 2 or value.shape[0] < 2:
+        return value.data_ptr(), size, size, size
+    row = (sum(last[1:]) + 1) * value.itemsize
+    return value.data_ptr(), size, max(value.stride()[0] * value.itemsize, row), row
 
 
 def _describe(value: Any) -> str:
