@@ -135,5 +135,5 @@ def _describe(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor {list(value.shape)} with strides {list(value.stride())} on {value.device}"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_describe, value))})"
+        return f"({', '.join(map(_describe, value[:4]))}{', ...' if len(value) > 4 else ''})"
     return f"{value!r} ({type(value).__name__})" if value is not None else "None"

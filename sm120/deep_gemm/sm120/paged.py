@@ -127,6 +127,8 @@ def _paged(
     out = arguments.output(out, batch * next_n, max_context_len, logits_dtype, device)
     if out.numel() == 0:
         return out
+    if indices is not None:
+        checks.memory({"indices": indices}, {"out": out})
 
     if debug.ON:
         pages = kv_cache.shape[0]

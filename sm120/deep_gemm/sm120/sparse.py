@@ -53,9 +53,9 @@ def get_sparse_mqa_logits_metadata(
     if not isinstance(cu_seq_len_k_start, torch.Tensor) or cu_seq_len_k_start.dim() != 1:
         refuse("cu_seq_len_k_start", cu_seq_len_k_start, "an int32 tensor [rows]")
     rows, device = cu_seq_len_k_start.shape[0], checks.on_a_device("cu_seq_len_k_start", cu_seq_len_k_start)
-    bounds = arguments.bounds(cu_seq_len_k_start, cu_seq_len_k_end, rows, device)
+    bounds = arguments.bounds(cu_seq_len_k_start, cu_seq_len_k_end, rows, device, other="cu_seq_len_k_start")
     checks.integer("num_kv_tokens", num_kv_tokens)
-    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block, "cu_seq_len_k_start")
     checks.boolean("use_unaligned_ks", use_unaligned_ks)
     if debug.ON:
         debug.ragged(*bounds.values(), keys=num_kv_tokens)
@@ -97,10 +97,10 @@ def get_paged_sparse_mqa_logits_metadata(
     rows, device = context_lens.numel(), checks.on_a_device("context_lens", context_lens)
     checks.tensor("context_lens", context_lens, arguments.INT32, context_lens.shape, device)
     checks.contiguous("context_lens", context_lens)
-    arguments.block_table(block_table, rows, device)
+    arguments.block_table(block_table, rows, device, "context_lens")
     if indices is not None:
-        checks.tensor("indices", indices, arguments.INT32, (rows,), device)
-    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+        checks.tensor("indices", indices, arguments.INT32, (rows,), device, "context_lens")
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block, "context_lens")
     if debug.ON:
         debug.paged_lists(lists, context_lens, block_table, page=page_kv, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)

@@ -212,9 +212,6 @@ def fp8_fp4_paged_mqa_topk(
     if rows == 0:
         return out
 
-    if debug.ON:
-        pages = kv_cache.shape[0]
-        debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0  # as in the logits
     for first, until in plan.turns():
         of, tokens = slice(first // next_n, until // next_n), slice(first, until)
@@ -267,16 +264,13 @@ def fp8_fp4_mqa_topk(
     out = _results(out, positions, scores, rows, k, device)
     keys, _ = arguments.key_run(kv, query.fp4, query.values.shape[-1], device)
     arguments.weights(weights, rows, query.heads, device)
-    arguments.bounds(ks, ke, rows, device, ("ks", "ke"))
+    arguments.bounds(ks, ke, rows, device)
     _places(block_table, page, offset, rows, device)
     plan = _Plan(rows, 1, keys.shape[0], k, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
     if rows == 0:
         return out
 
-    if debug.ON:
-        debug.ragged(ks, ke, keys=keys.shape[0], names=("ks", "ke"))
-        debug.choice(ke - ks, None, block_table, offset, name="ke - ks", columns=keys.shape[0], page=page)
     for first, until in plan.turns():
         of = slice(first, until)
         starts, ends = _cut(ks, of), _cut(ke, of)
