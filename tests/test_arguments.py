@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from problems import POISON, Paged, Ragged, Sparse, poisoned
@@ -35,6 +36,12 @@ def refused(function: Callable, arguments: dict, rows: int, columns: int, *words
     assert (out == POISON).all()
 
 
+def with_row_stride(tensor: torch.Tensor, stride: int) -> torch.Tensor:
+    """As if its rows were so many elements apart, though its memory does not reach that far."""
+    strides = [by * tensor.itemsize for by in (stride, *tensor.stride()[1:])]
+    return torch.from_numpy(np.lib.stride_tricks.as_strided(tensor.numpy(), tensor.shape, strides))
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, every second element of a larger tensor."""
     wide = torch.empty((*tensor.shape, 2), dtype=tensor.dtype)
@@ -63,6 +70,9 @@ WRONG_PAGED = {
         (lambda kv: kv.squeeze(2), "[pages, block_kv, 1, 132]"),
         (lambda kv: kv.transpose(0, 1).contiguous().transpose(0, 1), "whole pages"),
         (lambda kv: kv.to("meta"), "meta"),
+        (lambda kv: with_row_stride(kv, 64 * 132 + 2), "a multiple of 4 bytes"),
+        (lambda kv: with_row_stride(kv, 64 * 132 - 4), "at least 8448 apart"),
+        (lambda kv: with_row_stride(kv, 2**32), "whole pages"),
     ],
     "weights": [
         (lambda w: w.double(), "float32"),
@@ -81,6 +91,7 @@ WRONG_PAGED = {
         (lambda table: table.long(), "int32"),
         (lambda table: table[:2], "[3, columns]"),
         (lambda table: strided(table), "stride 1"),
+        (lambda table: with_row_stride(table, 2**31 // 3 + 1), "rows within 2^31 entries"),
     ],
     "schedule_meta": [
         (lambda schedule: schedule.long(), "int32"),
