@@ -9,6 +9,7 @@ from problems import Paged, Ragged, Sparse
 from test_arguments import moved
 
 import deep_gemm
+from deep_gemm import sm120
 from deep_gemm.sm120 import ArgumentError
 from deep_gemm.sm120.jit import runtime
 
@@ -41,6 +42,11 @@ def ragged(fp4: bool) -> dict[str, Any]:
     return dict(zip(("q", "kv", "weights", "ks", "ke"), Ragged([0, 3], [5, 9], 20, 8, 64, fp4).arguments()))
 
 
+def results(rows: int, k: int) -> dict[str, torch.Tensor]:
+    made = {name: torch.zeros(rows, k, dtype=INT32) for name in ("out", "positions")}
+    return {**made, "scores": torch.zeros(rows, k), "workspace": torch.zeros(2**20, dtype=torch.uint8)}
+
+
 def functions() -> dict[str, tuple[Callable, dict[str, Any]]]:
     """By a name: a function, and arguments that are right, each of them given."""
     int32 = torch.zeros(2, dtype=INT32)
@@ -49,14 +55,36 @@ def functions() -> dict[str, tuple[Callable, dict[str, Any]]]:
             deep_gemm.get_paged_mqa_logits_metadata,
             {"context_lens": int32.view(2, 1), "block_kv": 64, "num_sms": 4, "indices": int32.clone()},
         ),
+        "topk": (
+            sm120.topk,
+            {
+                "logits": torch.randn(2, 9000), "lengths": int32 + 9000, "k": 5, "starts": int32.clone(), "page": 8,
+                "block_table": torch.zeros(2, 9, dtype=INT32), "offset": int32.clone(), **results(2, 5),
+            },
+        ),
+        "candidate_blocks": (
+            sm120.candidate_blocks,
+            {
+                "block_max": torch.randn(2, 9000), "context_lens": int32 + 72000, "width": 5, "block": 8, "page": 64,
+                "block_table": torch.zeros(2, 9, dtype=INT32), "out": torch.zeros(2, 5, dtype=INT32),
+                "pages": torch.zeros(2, 5, dtype=INT32), "workspace": torch.zeros(2**20, dtype=torch.uint8),
+            },
+        ),
     }  # fmt: skip
     for fp4 in (False, True):
         which, out = "fp4" if fp4 else "fp8", {"clean_logits": False, "out": torch.zeros(3, 100)}
         dtype = {"logits_dtype": torch.float32}
         run = {"clean_logits": False, "max_seqlen_k": 0, "out": torch.zeros(2, 20)}
+        places = {"offset": int32.clone(), "block_table": torch.zeros(2, 9, dtype=INT32), "page": 8}
         found |= {
             f"fp8_fp4_paged_mqa_logits, {which}": (deep_gemm.fp8_fp4_paged_mqa_logits, {**paged(fp4), **out, **dtype}),
             f"fp8_fp4_mqa_logits, {which}": (deep_gemm.fp8_fp4_mqa_logits, {**ragged(fp4), **run, **dtype}),
+            f"fp8_fp4_paged_mqa_topk, {which}": (
+                sm120.fp8_fp4_paged_mqa_topk, {**paged(fp4), "k": 5, "translate": True, **results(3, 5)},
+            ),
+            f"fp8_fp4_mqa_topk, {which}": (
+                sm120.fp8_fp4_mqa_topk, {**ragged(fp4), "k": 5, **places, **results(2, 5)},
+            ),
         }  # fmt: skip
         if not fp4:
             found["fp8_paged_mqa_logits"] = deep_gemm.fp8_paged_mqa_logits, {**paged(fp4), **out}
