@@ -112,6 +112,16 @@ def test_topk(device: str, name: str, row: int | tuple[int, int], value: int, wo
     refused(lambda: sm120.topk(logits, k=5, page=16, **given), f"topk: {name}[{place}], row {row}, {words}")
 
 
+def test_topk_of_rows_that_fill_their_table(device: str) -> None:
+    logits = torch.randn(2, 100, device=device)
+    lengths = torch.tensor([96, 95], dtype=torch.int32, device=device)
+    table = torch.zeros(2, 6, dtype=torch.int32, device=device)
+    sm120.topk(logits, lengths, 7, block_table=table, page=16)
+    lengths[0] = 97
+    words = "topk: lengths[0], row 0, is 97; expected 0 to 96 keys, which the 6 columns of block_table allow"
+    refused(lambda: sm120.topk(logits, lengths, 7, block_table=table, page=16), words)
+
+
 def test_topk_without_places(device: str) -> None:
     logits, lengths = torch.randn(2, 100, device=device), torch.tensor([100, 0], dtype=torch.int32, device=device)
     sm120.topk(logits, lengths, 7)
