@@ -264,3 +264,23 @@ def test_results_that_require_grad(name: str, launches: list[str]) -> None:
         if output in arguments and arguments[output].is_floating_point():
             there = arguments[output].clone().requires_grad_()
             refusal(call, {**arguments, output: there}, output, (f"{output}: ",), launches)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_nothing_is_launched_for_nothing(rows: int, launches: list[str]) -> None:
+    """No rows, or no columns."""
+    columns = 0 if rows else 100
+    paged, ragged = (
+        Paged([0] * rows, heads=8, dim=32, max_context_len=0),
+        Ragged([0] * rows, [0] * rows, columns, 8, 32),
+    )
+    schedule = torch.zeros(5, 2, dtype=INT32)
+    arguments = (*paged.arguments(schedule)[:-1], columns)
+    assert deep_gemm.fp8_fp4_paged_mqa_logits(*arguments, True).shape == (rows, columns)
+    assert deep_gemm.fp8_fp4_mqa_logits(*ragged.arguments(), True).shape == (rows, columns)
+    if rows == 0:
+        assert sm120.topk(torch.zeros(0, 100), torch.zeros(0, dtype=INT32), 5).shape == (0, 5)
+        assert sm120.candidate_blocks(torch.zeros(0, 100), torch.zeros(0, dtype=INT32), 5).shape == (0, 5)
+        assert sm120.fp8_fp4_paged_mqa_topk(*arguments, 5).shape == (0, 5)
+        assert sm120.fp8_fp4_mqa_topk(*ragged.arguments(), 5).shape == (0, 5)
+    assert not launches

@@ -127,7 +127,7 @@ TESTS = {
     "sm120/checks.py": ["test_malformed.py", "test_arguments.py"],
     "sm120/arguments.py": ["test_malformed.py", "test_arguments.py", "test_signatures.py"],
     "sm120/paged.py": [
-        "test_paged.py::test_nothing_at_all",
+        "test_malformed.py::test_nothing_is_launched_for_nothing",
         "test_malformed.py",
         "test_arguments.py",
         *PAGED[:4],
