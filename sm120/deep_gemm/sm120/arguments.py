@@ -220,6 +220,22 @@ def output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) 
     return torch.empty((rows, -(-columns // per_row) * per_row), dtype=dtype, device=device)[:, :columns]
 
 
+def block_max(block_max: Any, out: torch.Tensor) -> torch.Tensor | None:
+    """Where the maxima of blocks of 8 columns of the logits `out` go, fp32 [rows, ceil(columns / 8)], or None."""
+    if block_max is None:
+        return None
+    rows, columns = out.shape
+    checks.tensor("block_max", block_max, FP32, (rows, -(-columns // 8)), out.device, "out")
+    row_stride, column_stride = block_max.stride()
+    if block_max.requires_grad:
+        refuse("block_max", block_max, "a tensor that requires no grad")
+    if columns > 8 and column_stride != 1 or rows > 1 and row_stride < block_max.shape[1]:
+        refuse("block_max", block_max, "stride 1 in the last dimension and rows that do not overlap")
+    if checks.overlap(block_max, out):
+        refuse("block_max", block_max, "memory of its own; this is out's as well")
+    return block_max
+
+
 # ---- two generations of callers -------------------------------------------------------------------------------------
 # sgl-deep-gemm 0.2.3 and DeepGEMM's main; sgl-deep-gemm 0.2.5 and vLLM. They differ in what comes after
 # `max_context_len` and after the bounds; the types tell them apart, and what fits neither is refused.

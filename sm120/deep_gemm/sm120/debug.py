@@ -75,14 +75,16 @@ def _schedule(schedule_meta: torch.Tensor, splits: torch.Tensor) -> None:
 
 
 @_unless_captured
-def ragged(starts: torch.Tensor, ends: torch.Tensor, *, keys: int, columns: int) -> None:
-    """Bounds within the keys, in order, and no further apart than there are columns (0: one for each key)."""
+def ragged(starts: torch.Tensor, ends: torch.Tensor, *, keys: int, columns: int, block: int = 1) -> None:
+    """Bounds within the keys, in order, and no further apart than there are columns (0: one for each key), in which
+    blocks of `block` keys begin."""
     names = "cu_seq_len_k_start", "cu_seq_len_k_end"
     for name, bound in zip(names, (starts, ends)):
         _look(name, bound, (bound < 0) | (bound > keys), f"0 to {keys}, the number of keys")
     _look(names[1], ends, ends < starts, f"at least {names[0]} of the row")
     if columns:
         _look(names[1], ends, ends - starts > columns, f"at most max_seqlen_k = {columns} keys from {names[0]}")
+        _look(names[0], starts, starts % block != 0, f"a multiple of {block}, the keys of a block")
 
 
 @_unless_captured
