@@ -410,7 +410,8 @@ def test_a_paged_prefill_takes_turns(next_n: int, fp4: bool, turns: str, device:
 
 
 def test_a_paged_prefill_with_lengths_of_one_dimension(turns: str, device: str) -> None:
-    chosen_of_paged(Paged([700, 1, 0, 2000, 64, 65, 321, 200] * 2, 3, heads=8, dim=32, slots=8, device=device), 200, device)
+    lengths = [700, 1, 0, 2000, 64, 65, 321, 200] * 2
+    chosen_of_paged(Paged(lengths, 3, heads=8, dim=32, slots=8, device=device), 200, device)
 
 
 @pytest.mark.parametrize("block_kv", [16, 48, 1008])

@@ -67,8 +67,8 @@ def carry(
     positions: torch.Tensor | None,
     scores: torch.Tensor | None,
 ) -> None:
-    """Starts the kernel on checked arguments: keys [at, until) have been chosen from, those up to `next` come. `bounds`:
-    what `windows` points into; `pieces`: starts, ends, firsts, lengths, int32 [rows] each."""
+    """Starts the kernel on checked arguments: keys [at, until) have been chosen from, those up to `next` come.
+    `bounds`: what `windows` points into; `pieces`: starts, ends, firsts, lengths, int32 [rows] each."""
     p = CarryParams()
     p.buffer, p.stride, p.front, p.k = buffer.data_ptr(), buffer.stride()[0], front, k
     p.windows, p.tokens = windows, windows.next_n
