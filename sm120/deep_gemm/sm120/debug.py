@@ -97,6 +97,15 @@ def lists(sparse_kv_block_indices: torch.Tensor, starts: torch.Tensor, ends: tor
 
 
 @_unless_captured
+def ascending(sparse_kv_block_indices: torch.Tensor, lengths: torch.Tensor, *, block: int) -> None:
+    """No entry that counts is smaller than the one before it."""
+    counts = torch.arange(1, sparse_kv_block_indices.shape[1]) < ((lengths + block - 1) // block)[:, None]
+    smaller = torch.zeros_like(sparse_kv_block_indices, dtype=torch.bool)
+    smaller[:, 1:] = (sparse_kv_block_indices[:, 1:] < sparse_kv_block_indices[:, :-1]) & counts
+    _look("sparse_kv_block_indices", sparse_kv_block_indices, smaller, "a list that ascends")
+
+
+@_unless_captured
 def sparse_metadata(metadata: torch.Tensor, *, rows: int, pitch: int, seal: int) -> None:
     """Each row begins with the seal of the sizes that the call has."""
     bytes_ = metadata[192 : 192 + rows * pitch].view(rows, pitch)[:, :4]

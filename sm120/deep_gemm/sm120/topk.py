@@ -15,12 +15,13 @@ import torch
 
 from . import arguments, checks, debug
 from .checks import Open, refuse
-from .kernels import carry, metadata
+from .kernels import carry, listed_columns, metadata, sparse
 from .kernels import topk as kernels
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
 from .paged import fp8_fp4_paged_mqa_logits
 from .ragged import fp8_fp4_mqa_logits
 from .settings import sms_to_use
+from .sparse import fp8_fp4_paged_sparse_mqa_logits
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
@@ -129,9 +130,7 @@ def candidate_blocks(
     rows, columns = block_max.shape
     if columns > 1 and block_max.stride()[1] != 1:
         refuse("block_max", block_max, "stride 1 in the last dimension")
-    if not isinstance(context_lens, torch.Tensor) or context_lens.numel() != rows:
-        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements")
-    checks.contiguous("context_lens", checks.tensor("context_lens", context_lens, _INT32, context_lens.shape, device))
+    _lengths_of_rows(context_lens, rows, device)
     checks.integer("width", width, 1, LARGEST_K)
     checks.integer("block", block, 1, 2**16)
     if checks.integer("page", page, 1) % block:
@@ -300,6 +299,87 @@ def fp8_fp4_mqa_topk(
     return out
 
 
+def fp8_fp4_paged_sparse_mqa_topk(
+    q: arguments.Pair,
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    metadata: torch.Tensor,
+    num_max_sparse_blocks: int,
+    sparse_block_kv: int,
+    sparse_kv_block_indices: torch.Tensor,
+    context_lens: torch.Tensor,
+    k: int,
+    *,
+    translate: bool = False,
+    out: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The keys that each query token attends to, out of its candidates: `topk` of what
+    `fp8_fp4_paged_sparse_mqa_logits` gives, each column taken back to the key that it is the logit of.
+
+    q ... sparse_block_kv    as in `fp8_fp4_paged_sparse_mqa_logits`
+    sparse_kv_block_indices  int32 [rows, num_max_sparse_blocks], any row stride: what the metadata were made from, each
+                             list ascending, as `candidate_blocks` makes them
+    context_lens             int32, `rows` elements of any rank, contiguous: the length of each row
+    k                        1 to 2,048
+    translate                places in the cache instead of positions: block_table[row, p // page_kv] * page_kv
+                             + p % page_kv for position p, out of the metadata
+    out, scores              as in `topk`; the logits are bf16
+    workspace                uint8, contiguous, of at least `sparse_mqa_topk_workspace_bytes(...)` bytes, aligned to 16;
+                             its content does not matter
+
+    Returns int32 [rows, k], -1 past the row's candidates. Of equal logits those of smaller columns are chosen, which
+    are smaller positions. Tokens at or past the length in the block with the row's last key are not chosen. Each entry
+    of a list stands for itself: a block listed twice may be chosen twice, unless it is the last one and not full, which
+    ends the list. (So it does where a list does not ascend: what comes after it is not looked at.)
+    """
+    query = arguments.mx_query(q, 4)
+    device, rows = query.device, query.shape[0]
+    block = arguments.sparse_block(sparse_block_kv)
+    page, _ = arguments.key_pages(kv_cache, query.shape[-1], device, block)
+    arguments.weights(weights, rows, query.heads, device)
+    width = checks.integer("num_max_sparse_blocks", num_max_sparse_blocks, 1, (2**31 - 1) // block)
+    arguments.sparse_metadata(metadata, sparse.size(rows, width), device)
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+    if lists.shape[1] != width:
+        refuse("sparse_kv_block_indices", lists, f"lists of num_max_sparse_blocks = {width} blocks")
+    _lengths_of_rows(context_lens, rows, device)
+    checks.integer("k", k, 1, LARGEST_K)
+    checks.boolean("translate", translate)
+    out = _results(out, None, scores, rows, k, device)
+    plan = _Sparse(rows, width * block, k, sms_to_use(device))
+    workspace = _workspace(workspace, plan.bytes, device)
+    if rows == 0:
+        return out
+    if debug.ON:
+        debug.ascending(lists, context_lens.view(-1), block=block)
+
+    logits, columns, rest = plan.parts_of(workspace)
+    fp8_fp4_paged_sparse_mqa_logits(q, kv_cache, weights, metadata, width, block, out=logits)
+    limit = NO_LIMIT if kv_cache.shape[0] else 0
+    listed_columns.count_columns(lists, context_lens, block, limit, columns)
+    kernels.topk(
+        plan.config, plan.parts,
+        logits=logits, windows=Windows(None, columns.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
+        bounds={"columns": columns}, k=k, page=block,
+        block_table=sparse.places(metadata, rows, width) if translate else lists, offset=None,
+        workspace=rest, out=out, positions=None, scores=scores,
+    )  # fmt: skip
+    return out
+
+
+def sparse_mqa_topk_workspace_bytes(
+    rows: int, width: int, sparse_block_kv: int, k: int, device: torch.device | str | None = None
+) -> int:
+    """Bytes that `fp8_fp4_paged_sparse_mqa_topk` needs for `rows` query tokens and lists of `width` blocks."""
+    checks.integer("rows", rows)
+    block = arguments.sparse_block(sparse_block_kv)
+    checks.integer("width", width, 1, (2**31 - 1) // block)
+    checks.integer("k", k, 1, LARGEST_K)
+    return _Sparse(rows, width * block, k, sms_to_use(_device(device))).bytes
+
+
 def mqa_topk_workspace_bytes(
     rows: int, columns: int, k: int, next_n: int = 1, device: torch.device | str | None = None, *, page: int = 64
 ) -> int:
@@ -433,6 +513,23 @@ class _Pieces:
             )  # fmt: skip
 
 
+class _Sparse:
+    """The workspace of sparse logits and a choice among them: logits, columns of each row, `topk`'s own."""
+
+    def __init__(self, rows: int, columns: int, k: int, num_sms: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.stride = -(-columns // 512) * 512
+        self.config, self.parts = kernels.configure(torch.bfloat16, k, max(rows, 1), columns, num_sms)
+        self.own = 2 * rows * self.stride + -(-4 * rows // 16) * 16
+        self.bytes = self.own + kernels.workspace_bytes(self.config, rows, self.parts)
+
+    def parts_of(self, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        logits_bytes = 2 * self.rows * self.stride
+        logits = workspace[:logits_bytes].view(torch.bfloat16).view(self.rows, self.stride)[:, : self.columns]
+        columns = workspace[logits_bytes : logits_bytes + 4 * self.rows].view(torch.int32)
+        return logits, columns, None if self.parts == 1 else workspace[self.own :]
+
+
 def topk_workspace_bytes(
     rows: int,
     columns: int,
@@ -462,6 +559,12 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def _lengths_of_rows(context_lens: Any, rows: int, device: torch.device) -> None:
+    if not isinstance(context_lens, torch.Tensor) or context_lens.numel() != rows:
+        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements")
+    checks.contiguous("context_lens", checks.tensor("context_lens", context_lens, _INT32, context_lens.shape, device))
 
 
 def _places(block_table: Any, page: Any, offset: Any, rows: int, device: torch.device) -> None:
