@@ -186,7 +186,7 @@ def test_any_problem(device: str, data: st.DataObject) -> None:
 
 @given(st.data())
 def test_garbage(device: str, data: st.DataObject) -> None:
-    """In lengths, lists, tables and metadata: no place but the results is written, and rows without garbage are exact."""
+    """In lengths, lists, tables, metadata: no place but the results is written, and rows without garbage are exact."""
     draw = data.draw
     lengths = draw(st.lists(st.sampled_from([0, 1, 7, 8, 100, 300]), min_size=1, max_size=9))
     problem = Sparse(lengths, width=draw(st.sampled_from([1, 5, 16])), heads=8, device=device)
@@ -269,9 +269,7 @@ def test_debug_mode_looks_whether_lists_ascend(monkeypatch: pytest.MonkeyPatch) 
     problem.lists[0, :5] = torch.tensor([0, 1, 2, 2, 4])
     sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5)
     problem.lists[1, 7] = 0
-    with pytest.raises(
-        ArgumentError, match=r"sparse_mqa_topk: sparse_kv_block_indices\[1, 7\], row 1, is 0; .*ascends"
-    ):
+    with pytest.raises(ArgumentError, match=r"sparse_kv_block_indices\[1, 7\], row 1, is 0; .*ascends"):
         sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5)
 
 
