@@ -45,7 +45,7 @@ def poisoned(rows: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor
 def check(
     problem: Sparse, k: int, metadata: torch.Tensor | None = None, rows: list[int] | None = None, **options
 ) -> None:
-    """Positions, places and scores of the rows named (else all) against a stable sort of the logits; all of it twice."""
+    """Positions, places and scores of the rows named (else all) against a stable sort of the logits; twice each."""
     metadata = problem.metadata() if metadata is None else metadata
     logits = problem.logits(metadata).float().cpu()
     count = len(logits)
