@@ -15,6 +15,7 @@ DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
 E4M3, PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
 INT32, FP32, REAL = (torch.int32,), (torch.float32,), (torch.float32, torch.bfloat16)
 LARGEST_PAGE = 2**16
+LARGEST_K = 2048
 
 _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _BATCH, _NEXT_N, _ROWS, _HEADS = Open("batch"), Open("next_n"), Open("seq_len"), Open("heads")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arguments, checks, debug
+from .arguments import LARGEST_K
 from .checks import Open, refuse
 from .kernels import carry, listed_columns, metadata, sparse
 from .kernels import topk as kernels
@@ -25,8 +26,6 @@ from .sparse import fp8_fp4_paged_sparse_mqa_logits
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
-LARGEST_K = 2048
-
 _LOGITS_BYTES = 2**16  # of a row on average, that a prefill keeps for a while, and what goes with them
 _LEAST_ROWS = 256  # that it scores at once if it takes all of their keys
 _PIECE = 256  # keys: what a piece has a multiple of, at least
