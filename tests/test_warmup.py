@@ -1,4 +1,4 @@
-"""What `warmup` makes ready is all that serving launches, whatever the rows and columns; nothing else is compiled then."""
+"""What `warmup` makes ready is all that serving launches, whatever the rows and columns."""
 
 import pytest
 import torch
