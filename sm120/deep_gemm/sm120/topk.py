@@ -213,13 +213,15 @@ def fp8_fp4_paged_mqa_topk(
 
     def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor) -> None:
         of, schedule = slice(rows.start // next_n, rows.stop // next_n), schedule_meta
+        table = _cut(block_table, of)
+        if keys.start:
+            table = table[:, keys.start // page :]
         if lens is not context_lens:
             schedule = torch.empty_like(schedule_meta)
             metadata.plan(lens, schedule)
         fp8_fp4_paged_mqa_logits(
             (_cut(query.values, of), _cut(query.scales, of)), kv_cache, _cut(weights, rows), lens,
-            _cut(block_table, of)[:, keys.start // page :], schedule, logits.shape[1], False, torch.float32,
-            _cut(indices, of), out=logits,
+            table, schedule, logits.shape[1], False, torch.float32, _cut(indices, of), out=logits,
         )  # fmt: skip
 
     results = _Results(block_table if translate else None, page if translate else 1, None, out, positions, scores)
