@@ -210,8 +210,7 @@ MUTATIONS = {
         "return «min(p.k, keys_before(key)) → p.k»;",
         "return «min(max(key, from), to) → max(key, from)» - from;",
         "p.firsts[row] = p.front + start« - carried → »;",
-        "p.lengths[row] = «carried + max → max»(end - start, 0);",
-        "p.lengths[row] = carried + «max(end - start, 0) → end - start»;",
+        "p.lengths[row] = «carried + end → end» - start;",
         "pages + min(page, p.table_columns« - 1 → »)",
         "pages = p.table + row« / p.tokens → » * p.table_stride;",
         "return «p.offset → false» ? place",
@@ -467,6 +466,7 @@ EXPLAINED = {
     "if (missing «< → <=» active) return cut;": "cuts a group a tile earlier, alike for both slots that meet there",
     "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
     "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
+    "return «min(max(key, from), to) → max(key, from)» - from;": "only schedules are worse",
 }
 
 

@@ -59,7 +59,7 @@ struct Carry {
         p.starts[row] = start;
         p.ends[row] = end;
         p.firsts[row] = p.front + start - carried;         // who carries something begins before the piece: start is 0
-        p.lengths[row] = carried + max(end - start, 0);
+        p.lengths[row] = carried + end - start;            // below 0 where the window is: as good as 0
     }
 
     __device__ int place_of(int position) const {
