@@ -12,7 +12,7 @@ from problems import Paged, Ragged, Sparse
 
 import deep_gemm
 from deep_gemm import sm120
-from deep_gemm.sm120 import ArgumentError, debug
+from deep_gemm.sm120 import ArgumentError, debug, settings
 
 GARBAGE = [-(2**31), -1, 2**31 - 1]
 
@@ -151,6 +151,54 @@ def test_candidate_blocks(device: str, place: tuple[int, int] | None, value: int
     else:
         lengths[1, 0] = value
     refused(lambda: sm120.candidate_blocks(maxima, lengths, 30, **given), f"candidate_blocks: {words}")
+
+
+def test_logits_and_choice_of_pages(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is launched, though rows are scored some at a time, and by their own numbers."""
+    monkeypatch.setattr(settings, "_num_sms", 4)
+    problem = Paged([[100 + row] for row in range(60)], heads=8, dim=32, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 6)
+    out = torch.full((60, 9), -5, dtype=torch.int32, device=device)
+
+    def call() -> None:
+        sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), 9, out=out)
+
+    call()
+    out.fill_(-5)
+    problem.context_lens[55, 0] = 160
+    refused(call, "fp8_fp4_paged_mqa_topk: context_lens[55, 0], row 55, is 160; expected 0 to 159 keys")
+    problem.context_lens[55, 0], pages = 155, len(problem.kv_cache)
+    problem.block_table[57, 2] = pages
+    refused(call, f"fp8_fp4_paged_mqa_topk: block_table[57, 2], row 57, is {pages}; expected a page")
+    problem.block_table[57, 2], schedule[3, 0] = 0, 99
+    refused(call, "fp8_fp4_paged_mqa_topk: schedule_meta[3, 0], entry 3, is 99; expected a row from 0 to 60")
+    assert (out == -5).all()
+
+
+def test_logits_and_choice_of_a_run(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_num_sms", 4)
+    problem = Ragged([*range(60)], [*range(100, 160)], 160, heads=8, dim=32, device=device)
+    table = torch.zeros(60, 7, dtype=torch.int32, device=device)
+    out = torch.full((60, 9), -5, dtype=torch.int32, device=device)
+
+    def call() -> None:
+        given = {"offset": problem.ks, "block_table": table, "page": 16}
+        sm120.fp8_fp4_mqa_topk(*problem.arguments(), 9, out=out, **given)
+
+    call()
+    out.fill_(-5)
+    for change, words in [
+        (lambda: problem.ke.__setitem__(57, 161), "ke[57], row 57, is 161; expected 0 to 160, the number of keys"),
+        (lambda: problem.ke.__setitem__(57, 20), "ke[57], row 57, is 20; expected at least ks of the row"),
+        (lambda: problem.ks.__setitem__(57, -1), "ks[57], row 57, is -1; expected 0 to 160, the number of keys"),
+        (lambda: problem.ks.__setitem__(57, 0), "ke - ks[57], row 57, is 157; expected 0 to 112 keys, which the 7 col"),
+        (lambda: table.__setitem__((57, 6), -1), "block_table[57, 6], row 57, is -1; expected a page from 0 to"),
+    ]:
+        before = problem.ks.clone(), problem.ke.clone()
+        change()
+        refused(call, f"fp8_fp4_mqa_topk: {words}")
+        problem.ks, problem.ke = before
+    assert (out == -5).all()
 
 
 @pytest.mark.parametrize("value", [*GARBAGE, 521])

@@ -14,17 +14,18 @@ from deep_gemm.sm120 import ArgumentError
 from deep_gemm.sm120.jit import runtime
 
 INT32 = torch.int32
-OUTPUTS = ("out", "positions", "scores", "pages", "workspace")
+OUTPUTS = ("out", "positions", "scores", "pages", "workspace", "block_max")
 ALIGNMENT = {"schedule_meta": 8, "metadata": 16, "workspace": 16}  # bytes; else those of an element, or 4
 # Under what other names an argument may stand in an error.
 ALIASES = {
     "ks": ("cu_seq_len_k_start",),
     "ke": ("cu_seq_len_k_end",),
     "clean_logits": ("max_seqlen_k",),  # an int in its place, of the second generation
-    "num_max_sparse_blocks": ("metadata", "out"),
+    "num_max_sparse_blocks": ("metadata", "out", "sparse_kv_block_indices"),
     "sparse_block_kv": ("metadata", "out", "page_kv"),
     "max_context_len": ("out", "workspace"),
     "max_seqlen_k": ("out",),
+    "block_max": ("out",),
     "num_kv_tokens": (),
     "k": ("out",),
     "width": ("out",),
@@ -72,9 +73,10 @@ def functions() -> dict[str, tuple[Callable, dict[str, Any]]]:
         ),
     }  # fmt: skip
     for fp4 in (False, True):
-        which, out = "fp4" if fp4 else "fp8", {"clean_logits": False, "out": torch.zeros(3, 100)}
+        which = "fp4" if fp4 else "fp8"
+        out = {"clean_logits": False, "out": torch.zeros(3, 100), "block_max": torch.zeros(3, 13)}
         dtype = {"logits_dtype": torch.float32}
-        run = {"clean_logits": False, "max_seqlen_k": 0, "out": torch.zeros(2, 20)}
+        run = {"clean_logits": False, "max_seqlen_k": 0, "out": torch.zeros(2, 20), "block_max": torch.zeros(2, 3)}
         places = {"offset": int32.clone(), "block_table": torch.zeros(2, 9, dtype=INT32), "page": 8}
         found |= {
             f"fp8_fp4_paged_mqa_logits, {which}": (deep_gemm.fp8_fp4_paged_mqa_logits, {**paged(fp4), **out, **dtype}),
@@ -122,6 +124,16 @@ def functions() -> dict[str, tuple[Callable, dict[str, Any]]]:
                 },
             ),
         }  # fmt: skip
+        chosen = results(3, 5)
+        del chosen["positions"]
+        found[f"fp8_fp4_paged_sparse_mqa_topk, {which}"] = (
+            sm120.fp8_fp4_paged_sparse_mqa_topk,
+            {
+                "q": pages.q, "kv_cache": pages.kv_cache, "weights": pages.weights, "metadata": pages.metadata(),
+                "num_max_sparse_blocks": 16, "sparse_block_kv": 8, "sparse_kv_block_indices": pages.lists,
+                "context_lens": pages.context_lens, "k": 5, "translate": True, **chosen,
+            },
+        )  # fmt: skip
     return found
 
 
@@ -238,7 +250,7 @@ def test_tensors_that_begin_between_elements(name: str, launches: list[str]) -> 
 def test_outputs_over_what_is_read_or_written(name: str, launches: list[str]) -> None:
     call, arguments = FUNCTIONS[name]
     for output in OUTPUTS:
-        if output not in arguments:
+        if output not in arguments or (name, output) == ("candidate_blocks", "block_max"):
             continue
         written = arguments[output]
         for argument, value in arguments.items():
@@ -261,6 +273,8 @@ def test_outputs_over_what_is_read_or_written(name: str, launches: list[str]) ->
 def test_results_that_require_grad(name: str, launches: list[str]) -> None:
     call, arguments = FUNCTIONS[name]
     for output in OUTPUTS:
+        if (name, output) == ("candidate_blocks", "block_max"):
+            continue  # an input
         if output in arguments and arguments[output].is_floating_point():
             there = arguments[output].clone().requires_grad_()
             refusal(call, {**arguments, output: there}, output, (f"{output}: ",), launches)

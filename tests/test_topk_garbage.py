@@ -1,11 +1,15 @@
-"""What `test_garbage.py` proves of the logits, of top-k and of candidates: whatever lengths, bounds and tables hold,
-nothing is touched that was not handed in, everything ends, and rows without garbage are exact."""
+"""What `test_garbage.py` proves of the logits, of top-k, of candidates, and of logits and choice in one: whatever the
+lengths, bounds and tables hold, nothing is touched that was not handed in, everything ends, and rows without garbage
+are exact."""
+
+import importlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from problems import Ragged
+from problems import Paged, Ragged
 from test_garbage import SIZES, SLOTS, ends, paged_problem, spoil
 
 import deep_gemm
@@ -137,8 +141,22 @@ def test_candidates(device: str, data: st.DataObject) -> None:
         assert out[row, : len(expected)].tolist() == expected
 
 
-def assert_chosen(positions: torch.Tensor, logits: torch.Tensor, lengths: list[int], starts: list[int]) -> None:
-    k = positions.shape[1]
+# ---- logits and choice in one: garbage means what it means for the logits, so all rows are exact ---------------------
+
+
+@pytest.fixture(params=["at once", "some rows", "some keys"])
+def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("deep_gemm.sm120.topk")
+    if request.param != "at once":
+        monkeypatch.setattr(settings, "_num_sms", 4)
+        monkeypatch.setattr(module, "_LOGITS_BYTES", 2000)
+        monkeypatch.setattr(module, "_PIECE", 64)
+        monkeypatch.setattr(module, "_LEAST_ROWS", 1 if request.param == "some rows" else 99)
+
+
+def compare(positions: torch.Tensor, logits: torch.Tensor, starts: list[int], lengths: list[int], k: int) -> None:
+    room = positions.as_strided((len(positions), k + 3), (k + 3, 1))
+    assert (room[:-1, k:] == NOTHING).all()
     for row, expected in enumerate(reference.topk(logits.cpu(), lengths, k, starts)):
         assert sorted(positions[row, : len(expected)].tolist()) == expected
         assert (positions[row, len(expected) :] == -1).all()
@@ -173,7 +191,7 @@ def test_paged_logits_and_choice(device: str, data: st.DataObject) -> None:
         logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(whole))
         limit = min(columns, problem.block_table.shape[1] * page)
         lengths = reference.windows(problem.context_lens.long(), problem.next_n).clamp(0, limit).flatten().tolist()
-        assert_chosen(positions, logits, lengths, [0] * rows)
+        compare(positions, logits, [0] * rows, lengths, k)
 
 
 @given(st.data())
@@ -203,4 +221,48 @@ def test_ragged_logits_and_choice(device: str, data: st.DataObject) -> None:
     begins = problem.ks.long().clamp(min=0)
     lengths = (problem.ke.long().clamp(max=keys) - begins).clamp(min=0).tolist()
     logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
-    assert_chosen(positions, logits, lengths, begins.clamp(max=keys).tolist())
+    compare(positions, logits, begins.clamp(max=keys).tolist(), lengths, k)
+
+
+@pytest.mark.usefixtures("turns")
+@given(data=st.data())
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_ragged_choice(device: str, data: st.DataObject) -> None:
+    draw = data.draw
+    keys, rows, k = draw(st.sampled_from([1, 100, 900])), draw(st.integers(8, 20)), draw(st.sampled_from([1, 50, 77]))
+    bound = st.integers(0, keys)
+    starts, stops = (draw(st.lists(bound, min_size=rows, max_size=rows)) for _ in range(2))
+    problem = Ragged(starts, stops, keys, heads=8, dim=32, device=device)
+    spoil(draw, problem.ks, [0, keys, 192])
+    spoil(draw, problem.ke, [0, keys, 192])
+    table = torch.randint(-(2**31), 2**31 - 1, (rows, draw(st.integers(0, 9))), dtype=torch.int32, device=device)
+    positions = torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k]
+    with ends():
+        logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
+        sm120.fp8_fp4_mqa_topk(*problem.arguments(), k, block_table=table, page=64, positions=positions)
+    begins = problem.ks.clamp(0, keys).tolist()
+    lengths = [max(0, min(end, keys) - begin) for begin, end in zip(begins, problem.ke.tolist())]
+    compare(positions, logits, begins, lengths, k)
+
+
+@pytest.mark.usefixtures("turns")
+@given(data=st.data())
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_paged_choice(device: str, data: st.DataObject) -> None:
+    draw = data.draw
+    next_n, k = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 50, 77]))
+    batch = draw(st.integers(8, 14))
+    row = st.lists(st.sampled_from([0, 1, 63, 64, 65, 130, 700]), min_size=next_n, max_size=next_n)
+    lengths = draw(st.lists(row, min_size=batch, max_size=batch))
+    columns = draw(st.sampled_from([40, 700]))
+    problem = Paged(lengths, next_n, heads=8, dim=32, max_context_len=columns, slots=4, device=device)
+    spoil(draw, problem.context_lens, [columns, 64 * problem.block_table.shape[1]])
+    spoil(draw, problem.block_table, [len(problem.kv_cache), 0])
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 4)
+    positions = torch.full((batch * next_n, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k]
+    with ends():
+        logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule))
+        sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), k, translate=True, positions=positions)
+    limit = min(columns, 64 * problem.block_table.shape[1])
+    seen = reference.windows(problem.context_lens.long().cpu(), next_n).clamp(0, limit).flatten().tolist()
+    compare(positions, logits, [0] * len(seen), seen, k)

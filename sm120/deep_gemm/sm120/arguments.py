@@ -15,6 +15,7 @@ DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
 E4M3, PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
 INT32, FP32, REAL = (torch.int32,), (torch.float32,), (torch.float32, torch.bfloat16)
 LARGEST_PAGE = 2**16
+LARGEST_K = 2048
 
 _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _BATCH, _NEXT_N, _ROWS, _HEADS = Open("batch"), Open("next_n"), Open("seq_len"), Open("heads")
@@ -225,6 +226,22 @@ def output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) 
         return out
     per_row = _ROW_BYTES // dtype.itemsize
     return torch.empty((rows, -(-columns // per_row) * per_row), dtype=dtype, device=device)[:, :columns]
+
+
+def block_max(block_max: Any, out: torch.Tensor) -> torch.Tensor | None:
+    """Where the maxima of blocks of 8 columns of the logits `out` go, fp32 [rows, ceil(columns / 8)], or None."""
+    if block_max is None:
+        return None
+    rows, columns = out.shape
+    checks.tensor("block_max", block_max, FP32, (rows, -(-columns // 8)), out.device, "out")
+    row_stride, column_stride = block_max.stride()
+    if block_max.requires_grad:
+        refuse("block_max", block_max, "a tensor that requires no grad")
+    if columns > 8 and column_stride != 1 or rows > 1 and row_stride < block_max.shape[1]:
+        refuse("block_max", block_max, "stride 1 in the last dimension and rows that do not overlap")
+    if checks.overlap(block_max, out):
+        refuse("block_max", block_max, "memory of its own; this is out's as well")
+    return block_max
 
 
 # ---- two generations of callers -------------------------------------------------------------------------------------

@@ -83,14 +83,17 @@ def ragged(
     *,
     keys: int,
     columns: int = 0,
+    block: int = 1,
     names: tuple[str, str] = ("cu_seq_len_k_start", "cu_seq_len_k_end"),
 ) -> None:
-    """Bounds within the keys, in order, and no further apart than there are columns (0: one for each key)."""
+    """Bounds within the keys, in order, and no further apart than there are columns (0: one for each key), in which
+    blocks of `block` keys begin."""
     for name, bound in zip(names, (starts, ends)):
         _look(name, bound, (bound < 0) | (bound > keys), f"0 to {keys}, the number of keys")
     _look(names[1], ends, ends < starts, f"at least {names[0]} of the row")
     if columns:
         _look(names[1], ends, ends - starts > columns, f"at most max_seqlen_k = {columns} keys from {names[0]}")
+        _look(names[0], starts, starts % block != 0, f"a multiple of {block}, the keys of a block")
 
 
 @_unless_captured
@@ -100,6 +103,15 @@ def lists(sparse_kv_block_indices: torch.Tensor, starts: torch.Tensor, ends: tor
     counts = torch.arange(sparse_kv_block_indices.shape[1]) < last
     wrong = (sparse_kv_block_indices < first) | (sparse_kv_block_indices >= first + last)
     _look("sparse_kv_block_indices", sparse_kv_block_indices, wrong & counts, "a block in which the row has keys")
+
+
+@_unless_captured
+def ascending(sparse_kv_block_indices: torch.Tensor, lengths: torch.Tensor, *, block: int) -> None:
+    """No entry that counts is smaller than the one before it."""
+    counts = torch.arange(1, sparse_kv_block_indices.shape[1]) < ((lengths + block - 1) // block)[:, None]
+    smaller = torch.zeros_like(sparse_kv_block_indices, dtype=torch.bool)
+    smaller[:, 1:] = (sparse_kv_block_indices[:, 1:] < sparse_kv_block_indices[:, :-1]) & counts
+    _look("sparse_kv_block_indices", sparse_kv_block_indices, smaller, "a list that ascends")
 
 
 @_unless_captured

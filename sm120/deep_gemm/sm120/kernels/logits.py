@@ -24,7 +24,13 @@ _QUERIES = [
     ("weights", ctypes.c_void_p),
     ("weights_stride", ctypes.c_int64),
 ]
-_OUTPUT = [("logits", ctypes.c_void_p), ("logits_stride", ctypes.c_int64)]
+_OUTPUT = [
+    ("logits", ctypes.c_void_p),
+    ("logits_stride", ctypes.c_int64),
+    ("maxima", ctypes.c_void_p),
+    ("maxima_stride", ctypes.c_int64),
+    ("maxima_blocks", ctypes.c_int32),
+]
 
 
 class PagedParams(ctypes.Structure):
@@ -97,6 +103,7 @@ class Config:
     next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
+    maxima     of blocks of keys are stored too
     """
 
     arch: str
@@ -110,6 +117,7 @@ class Config:
     next_n: int = 1
     alignment: int = 32
     block: int = 0
+    maxima: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -163,6 +171,8 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     (weights, weight), (logits, logit) = _NUMBER[config.weights], _NUMBER[config.logits]
     # Profilers, upstream's tests among them, look for `mqa_logits` and `paged_mqa_logits`.
     sizes = f"{format}, {config.heads}"
+    if config.maxima:
+        logits, logit = f"{logits}_maxima", f"WithMaxima<{logit}>"
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
     rows = "few" if config.few_rows else "many"
     if config.block:
@@ -219,8 +229,9 @@ def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int
     return groups, next((parts for parts in choices if idle(parts) < 0.03), min(choices, key=idle))
 
 
-def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out) -> None:
-    """What paged and ragged keys have in common. Filled field by field: keywords take twice as long."""
+def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima) -> dict[str, torch.Tensor]:
+    """What paged and ragged keys have in common, and what is written. Filled field by field: keywords take twice as
+    long."""
     p.query = query.data_ptr()
     p.query_scales = None if query_scales is None else query_scales.data_ptr()
     p.weights = weights.data_ptr()
@@ -229,6 +240,10 @@ def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out)
     p.weights_stride = weights.stride()[0]
     p.logits_stride = out.stride()[0]
     p.windows = windows
+    if maxima is None:
+        return {"logits": out}
+    p.maxima, p.maxima_stride, p.maxima_blocks = maxima.data_ptr(), maxima.stride()[0], maxima.shape[1]
+    return {"logits": out, "block_max": maxima}
 
 
 def paged(
@@ -245,10 +260,11 @@ def paged(
     context_lens: torch.Tensor,
     windows: Windows,
     out: torch.Tensor,
+    maxima: torch.Tensor | None = None,
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
     p = PagedParams()
-    _fill(p, query, query_scales, weights, kv_cache, windows, out)
+    outputs = _fill(p, query, query_scales, weights, kv_cache, windows, out, maxima)
     p.block_table = block_table.data_ptr()
     p.schedule = schedule_meta.data_ptr()
     p.page_stride = page_stride
@@ -265,7 +281,7 @@ def paged(
         "block_table": block_table,
         "schedule_meta": schedule_meta,
     }
-    launch(config.kernel, out.device, (slots, 1), p, inputs, {"logits": out})
+    launch(config.kernel, out.device, (slots, 1), p, inputs, outputs)
 
 
 def ragged(
@@ -281,12 +297,13 @@ def ragged(
     bounds: Mapping[str, torch.Tensor],
     windows: Windows,
     out: torch.Tensor,
+    maxima: torch.Tensor | None = None,
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `ragged.fp8_fp4_mqa_logits`. Compressed if `columns`."""
     p = RaggedParams()
-    _fill(p, query, query_scales, weights, keys, windows, out)
+    outputs = _fill(p, query, query_scales, weights, keys, windows, out, maxima)
     p.key_scales = key_scales.data_ptr()
     p.columns = columns
     inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}
     grid = shares(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
-    launch(config.kernel, out.device, grid, p, inputs, {"logits": out})
+    launch(config.kernel, out.device, grid, p, inputs, outputs)

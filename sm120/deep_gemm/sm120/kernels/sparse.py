@@ -51,6 +51,13 @@ def size(rows: int, width: int) -> int:
     return FIRST_ROW + rows * pitch(width)
 
 
+def places(metadata: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """int32 [rows, width]: where each block of a row lies in the cache, in blocks; rows may have fewer."""
+    words = metadata[: size(rows, width)].view(torch.int32)
+    first = words.storage_offset() + (FIRST_ROW + _ROW_HEAD) // 4
+    return words.as_strided((rows, width), (pitch(width) // 4, 1), first)
+
+
 def seal(width: int, block: int, page: int, unaligned: bool) -> int:
     """What the rows of metadata were made for, in 32 bits: equal for other sizes once in four billion."""
     digest = 0x811C9DC5  # FNV-1a, a word at a time; the first word is the format's version
