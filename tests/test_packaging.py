@@ -83,7 +83,8 @@ def test_the_common_kernels_are_compiled_ahead(lean: Path) -> None:
     files = shipped(lean)
     index = json.loads(files.pop("index.json"))
     assert sorted(index.values()) == sorted(files)
-    assert len(files) == 40 + 4 + 6 + 2 + 3  # logits, those of pages of 128, sparse ones, cleaning, metadata
+    # Logits, those of pages of 128, sparse ones, cleaning, metadata, those of sparse ones.
+    assert len(files) == 40 + 8 + 18 + 2 + 2 + 3
     assert all(cubin[:4] == b"\x7fELF" for cubin in files.values())
     assert sum(map(len, files.values())) < 5 << 20
 

@@ -14,6 +14,7 @@ from ..jit import MOST, Kernel, launch
 from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
+ROW_WARPS = 16  # of a block, where there is one row of listed blocks: each takes 8 keys of it
 FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
@@ -97,6 +98,7 @@ class Config:
     next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
+    one_row    sparse: a row alone, whose keys are shared out 8 by 8
     """
 
     arch: str
@@ -110,6 +112,7 @@ class Config:
     next_n: int = 1
     alignment: int = 32
     block: int = 0
+    one_row: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -129,10 +132,12 @@ class Config:
     @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
+        if self.one_row:
+            return ROW_WARPS
         if self.arch.startswith("sm_12"):
             query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
-            if self.block and self.heads > 32:  # eight places take registers too
-                return 12 if self.fp4 else 8
+            if self.block:  # eight places take registers too
+                return 16 if query <= 2048 else 12 if query <= 4096 else 8
             return 12 if query > 4096 or query == 4096 and (self.few_rows and self.fp4 or self.tokens > 1) else 16
         return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
@@ -164,12 +169,13 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     # Profilers, upstream's tests among them, look for `mqa_logits` and `paged_mqa_logits`.
     sizes = f"{format}, {config.heads}"
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
-    rows = "few" if config.few_rows else "many"
+    rows = "one" if config.one_row else "few" if config.few_rows else "many"
     if config.block:
         layout = "paged_sparse" if config.page else "sparse"
         page, header = f"_p{config.page}_s{config.block}_{rows}", "sparse.cuh"
         blocks, parameters = f"{config.page}, {config.block}", SparseParams
-        call = f"Sparse<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::run_{rows}(p);"
+        template, run = ("SparseRow", "run") if config.one_row else ("Sparse", f"run_{rows}")
+        call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
         layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
@@ -192,6 +198,11 @@ def few_rows(rows: int, next_n: int, slots: int) -> bool:
     nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
     24 Nov 2026.)"""
     return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
+
+
+def one_row(rows: int, columns: int, slots: int) -> bool:
+    """Whether there is one row of listed blocks, and a warp for every 8 keys of it."""
+    return rows == 1 and columns <= 8 * ROW_WARPS * slots
 
 
 def together(next_n: int) -> int:
