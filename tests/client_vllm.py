@@ -385,8 +385,8 @@ def v41_builder(loaded, next_n: int, columns: int):
     ids=["1", "2", "flattened"],
 )
 def test_v41_s_own_builder_plans_a_decode_step(loaded, monkeypatch, calls, next_n: int, tokens: list[int]) -> None:
-    """DeepSeek-V4.1 in vLLM's default way, dense logits: pages of 128 keys, 32 heads. What it hands to the indexer is all
-    its builder's, the schedule included."""
+    """DeepSeek-V4.1 in vLLM's default way, dense logits: pages of 128 keys, 32 heads. What it hands to the indexer is
+    all its builder's, the schedule included."""
     requests, rows, lengths = len(tokens), sum(tokens), [700, 40, 129, 256]
     rows_lengths = [[length - count + 1 + i] for length, count in zip(lengths, tokens) for i in range(count)]
     problem = Paged(rows_lengths, heads=32, block_kv=128, padding=128 * 12, max_context_len=1024)
@@ -415,8 +415,8 @@ def test_v41_s_own_builder_plans_a_decode_step(loaded, monkeypatch, calls, next_
 @pytest.mark.parametrize("rows", [1, 5, 190])
 @pytest.mark.parametrize("paged", [True, False], ids=["decode", "prefill"])
 def test_v41_s_sparse_way(loaded, monkeypatch, paged: bool, rows: int) -> None:
-    """vLLM's own two functions of its sparse way, which is closed to SM120, but for their Triton kernels before and after
-    the logits. Two layers: the second is handed the first one's metadata."""
+    """vLLM's own two functions of its sparse way, which is closed to SM120, but for their Triton kernels before and
+    after the logits. Two layers: the second is handed the first one's metadata."""
     module, given = loaded.sparse_mqa_logits, []
     lengths, starts = ([700, 0, 64, 33, 255] * 38)[:rows], ([3, 17, 5, 70, 8] * 38)[:rows]
     layout = {"block_kv": 128, "padding": 256 - 128 * 68 % 256} if paged else {"block_kv": 0, "starts": starts}
