@@ -374,13 +374,15 @@ def test_neighbours_read_the_blocks_that_they_share_together(fp4: bool) -> None:
     assert counters.block_bytes["kv_cache"] < 0.3 * alone
 
 
-def test_one_row_fills_the_chip() -> None:
-    problem = Sparse([16_384], width=2048, heads=32)
+@pytest.mark.parametrize("length", [16_384, 1000, 0])
+def test_one_row_fills_the_chip(length: int) -> None:
+    problem = Sparse([length], width=2048, heads=32)
+    metadata = problem.metadata()
     with recording(trace=True) as launches:
-        run(problem)
-    counters = launches[-1]
+        run(problem, metadata)
+    (counters,) = launches
     assert counters.blocks == deep_gemm.get_num_sms()
-    assert counters.block_bytes["kv_cache"] == 16_384 * 68  # no key twice
+    assert counters.block_bytes["kv_cache"] == length * 68  # no key twice, and none that does not count
 
 
 @st.composite

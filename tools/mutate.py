@@ -92,6 +92,7 @@ TESTS = {
     "sm120/kernels/sparse_metadata.cuh": ["test_sparse.py"],
     "sm120/kernels/sparse.cuh": [
         "test_sparse.py::test_one_row_with_and_without_a_warp_for_every_eight_keys",
+        "test_sparse.py::test_one_row_fills_the_chip",
         "test_sparse.py::test_one_row",
         "test_sparse.py::TestMetadata::test_foreign_bytes_write_nothing_outside",
     ],

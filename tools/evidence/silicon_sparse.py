@@ -384,7 +384,10 @@ def document(report: dict) -> str:
     forms = list(report["cases"][0]["forms"])
     heads = ["case", *(part for form in forms for part in (f"{form}, us", "ratio")), "metadata, us", "off"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    dense = ["| case | sparse, us | dense, us | ratio | floor, us | ratio |", "| --- |" + " ---: |" * 5]
+    dense = [
+        "| case | sparse, us | dense, us | dense / sparse | floor, us | dense / floor |",
+        "| --- |" + " ---: |" * 5,
+    ]
     for case in report["cases"]:
         us = {form: of["us"] for form, of in case["forms"].items()}
         (label,) = {name for name in us[forms[0]] if " " not in name} - {"peer", "floor"}
