@@ -378,7 +378,7 @@ def test_neighbours_read_the_blocks_that_they_share_together(fp4: bool) -> None:
 def test_one_row_fills_the_chip(length: int) -> None:
     problem = Sparse([length], width=2048, heads=32)
     metadata = problem.metadata()
-    with recording(trace=True) as launches:
+    with recording(trace=True, sanitize=True) as launches:
         run(problem, metadata)
     (counters,) = launches
     assert counters.blocks == deep_gemm.get_num_sms()

@@ -290,8 +290,6 @@ MUTATIONS = {
         "if (kPage) place = «min(place, p.keys.places - 1) → place»;",
         "if (warp < kHeads / 8« → - 1») {",
         "«__syncthreads(); → »",
-        "«if (eight >= count) return; → »",
-        "int(8 * count)«} → + 8}», false);",
         "sink.take(«lane.g < 2 → lane.g < 1» ?",
     ],
     "sm120/kernels/metadata.py": [
