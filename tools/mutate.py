@@ -265,8 +265,8 @@ MUTATIONS = {
         "from = first + int(blockIdx.y) * share, to = min(last, from« + share → »);",
     ],
     "sm120/kernels/lists.cuh": [
-        "return head.seal == seal ? max(0, min(head.columns, limit)) : «0 → limit»;",
-        "max(0, «min(head.columns, limit) → head.columns»)",
+        "return max(0, min(head.seal == seal ? head.columns : «0 → limit», limit));",
+        "return max(0, «min(head.seal == seal ? head.columns : 0, limit) → head.seal == seal ? head.columns : 0»);",
         "start = slot * share + max(0, slot - (slots - total % slots« → - 1»));",
         "if (start «>= → >» total) return {rows, 0};",
         "step * lane.id < span && head(probe).before «<= → <» start;",

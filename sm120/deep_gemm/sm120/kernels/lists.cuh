@@ -41,7 +41,7 @@ struct Lists {
         return head;
     }
     __device__ int columns(const RowHead& head) const {
-        return head.seal == seal ? max(0, min(head.columns, limit)) : 0;
+        return max(0, min(head.seal == seal ? head.columns : 0, limit));
     }
     __device__ RowHead head(int row) const {
         RowHead head = asked(row);
