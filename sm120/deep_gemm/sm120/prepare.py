@@ -91,7 +91,7 @@ def _sparse_kernels(
     config = functools.partial(
         logits.configure, arch, fp4, heads, 128, weights=torch.bfloat16, logits=torch.bfloat16, alignment=alignment
     )
-    rows = ({"one_row": True}, {"few_rows": True}, {})
+    rows = ({"eights": True}, {"few_rows": True}, {})
     return [
         *(sparse.metadata_kernel(page, block) for page in pages),
         *(config(page=page, block=block, **which).kernel for page in pages for which in rows),

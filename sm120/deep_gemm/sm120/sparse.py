@@ -207,12 +207,12 @@ def _sparse(
             metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned)
         )
     slots = sms_to_use(device)
-    one_row = logits.one_row(rows, width * block, slots)
+    eights = logits.eights(rows, width * block, slots)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, torch.bfloat16,
-        not one_row and logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride),
-        block=block, one_row=one_row,
+        not eights and logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride),
+        block=block, eights=eights,
     )  # fmt: skip
     sparse.sparse(
         config, slots,

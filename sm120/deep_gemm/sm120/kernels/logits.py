@@ -14,7 +14,7 @@ from ..jit import MOST, Kernel, launch
 from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
-ROW_WARPS = 16  # of a block, where there is one row of listed blocks: each takes 8 keys of it
+EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
@@ -98,7 +98,7 @@ class Config:
     next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
-    one_row    sparse: a row alone, whose keys are shared out 8 by 8
+    eights     sparse: one row, and a warp for every eight keys of it; else as `few_rows` says
     """
 
     arch: str
@@ -112,7 +112,7 @@ class Config:
     next_n: int = 1
     alignment: int = 32
     block: int = 0
-    one_row: bool = False
+    eights: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -132,8 +132,8 @@ class Config:
     @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
-        if self.one_row:
-            return ROW_WARPS
+        if self.eights:
+            return EIGHTS_WARPS
         if self.arch.startswith("sm_12"):
             query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
             if self.block:  # eight places take registers too
@@ -169,12 +169,12 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     # Profilers, upstream's tests among them, look for `mqa_logits` and `paged_mqa_logits`.
     sizes = f"{format}, {config.heads}"
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
-    rows = "one" if config.one_row else "few" if config.few_rows else "many"
+    rows = "few" if config.few_rows else "many"
     if config.block:
         layout = "paged_sparse" if config.page else "sparse"
-        page, header = f"_p{config.page}_s{config.block}_{rows}", "sparse.cuh"
+        page, header = f"_p{config.page}_s{config.block}_{'eights' if config.eights else rows}", "sparse.cuh"
         blocks, parameters = f"{config.page}, {config.block}", SparseParams
-        template, run = ("SparseRow", "run") if config.one_row else ("Sparse", f"run_{rows}")
+        template, run = ("SparseEights", "run") if config.eights else ("Sparse", f"run_{rows}")
         call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
         layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
@@ -200,9 +200,9 @@ def few_rows(rows: int, next_n: int, slots: int) -> bool:
     return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
 
 
-def one_row(rows: int, columns: int, slots: int) -> bool:
-    """Whether there is one row of listed blocks, and a warp for every 8 keys of it."""
-    return rows == 1 and columns <= 8 * ROW_WARPS * slots
+def eights(rows: int, columns: int, slots: int) -> bool:
+    """Whether there is one row of listed blocks, and a warp for every eight keys of it."""
+    return rows == 1 and columns <= 8 * EIGHTS_WARPS * slots
 
 
 def together(next_n: int) -> int:

@@ -37,7 +37,7 @@ using Sparse = Rows<SparseParams, Format, kHeads, ListedKeys<kPage, kBlock, Form
 // for each other there alone, while keys are on their way; else each comes to its end as soon as its own keys are there, so
 // that the slowest place is not added to the slowest keys.
 template <class Format, int kHeads, int kPage, int kBlock, class Weight, class Logit, int kWarps>
-struct SparseRow {
+struct SparseEights {
     using Source = ListedKeys<kPage, kBlock, Format::kRowBytes>;
     using Scorer = ::Scorer<Format, kHeads, 1, Weight>;
     using QueryScales = typename Format::template QueryScales<Scorer::kHeadTiles>;
