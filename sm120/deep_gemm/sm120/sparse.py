@@ -206,10 +206,12 @@ def _sparse(
             block=block, places=places,
         )  # fmt: skip
     slots = sms_to_use(device)
+    eights = logits.eights(rows, width * block, slots)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, torch.bfloat16,
-        logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride), block=block,
+        not eights and logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride),
+        block=block, eights=eights,
     )  # fmt: skip
     sparse.sparse(
         config, slots,

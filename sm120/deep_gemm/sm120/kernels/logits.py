@@ -14,6 +14,7 @@ from ..jit import MOST, Kernel, launch
 from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
+EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
@@ -104,6 +105,7 @@ class Config:
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
+    eights     sparse: one row, and a warp for every eight keys of it; else as `few_rows` says
     """
 
     arch: str
@@ -118,6 +120,7 @@ class Config:
     alignment: int = 32
     block: int = 0
     maxima: bool = False
+    eights: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -137,10 +140,12 @@ class Config:
     @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
+        if self.eights:
+            return EIGHTS_WARPS
         if self.arch.startswith("sm_12"):
             query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
-            if self.block and self.heads > 32:  # eight places take registers too
-                return 12 if self.fp4 else 8
+            if self.block:  # eight places take registers too
+                return 16 if query <= 2048 else 12 if query <= 4096 else 8
             return 12 if query > 4096 or query == 4096 and (self.few_rows and self.fp4 or self.tokens > 1) else 16
         return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
@@ -177,9 +182,10 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     rows = "few" if config.few_rows else "many"
     if config.block:
         layout = "paged_sparse" if config.page else "sparse"
-        page, header = f"_p{config.page}_s{config.block}_{rows}", "sparse.cuh"
+        page, header = f"_p{config.page}_s{config.block}_{'eights' if config.eights else rows}", "sparse.cuh"
         blocks, parameters = f"{config.page}, {config.block}", SparseParams
-        call = f"Sparse<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::run_{rows}(p);"
+        template, run = ("SparseEights", "run") if config.eights else ("Sparse", f"run_{rows}")
+        call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
         layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
@@ -202,6 +208,11 @@ def few_rows(rows: int, next_n: int, slots: int) -> bool:
     nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
     24 Nov 2026.)"""
     return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
+
+
+def eights(rows: int, columns: int, slots: int) -> bool:
+    """Whether there is one row of listed blocks, and a warp for every eight keys of it."""
+    return rows == 1 and columns <= 8 * EIGHTS_WARPS * slots
 
 
 def together(next_n: int) -> int:
