@@ -24,6 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,26 +94,26 @@ def sources() -> Path:
     return folder
 
 
-def build(version: str, arch: str) -> bytes:
-    """The cubin of SGLang's kernels of a version for `arch`, as in sm_120a; kept beside the sources."""
-    cubin = directory() / f"{version}.{arch}.cubin"
-    if not cubin.exists():
+def build(version: str, arch: str, kind: str = "cubin") -> bytes:
+    """SGLang's kernels of a version for `arch`, as in sm_120a, as cubin or ptx; kept beside the sources."""
+    made = directory() / f"{version}.{arch}.{kind}"
+    if not made.exists():
         if shutil.which("nvcc") is None:
             raise Unavailable("nvcc, which builds SGLang's kernels, is not installed")
         folder = sources()
         jit = folder / "sglang/kernels/jit"
         text = (jit / f"csrc/deepseek_v4/topk_{version}.cuh").read_text()
-        source, made = folder / f"{version}.{os.getpid()}.cu", folder / f"{version}.{os.getpid()}.cubin"
-        source.write_text(text[: text.index(_HOST_HALF)] + _KERNELS[version] + "\n}  // namespace sglang\n")
-        command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-w"]
+        command = ["nvcc", f"-{kind}", f"-arch={arch}", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-w"]
         command += [f"-I{jit / 'include'}", f"-I{folder / 'tvm_ffi/include'}"]
-        command += [f"-DSGL_CUDA_ARCH={int(arch[3:].rstrip('af')) * 10}", "-o", str(made), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        source.unlink()
-        if done.returncode:
-            raise Unavailable(f"nvcc does not build SGLang's {version}: {done.stderr.strip().splitlines()[0]}")
-        made.replace(cubin)
-    return cubin.read_bytes()
+        command += [f"-DSGL_CUDA_ARCH={int(arch[3:].rstrip('af')) * 10}"]
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            source, binary = Path(work, "kernels.cu"), Path(work, "binary")
+            source.write_text(text[: text.index(_HOST_HALF)] + _KERNELS[version] + "\n}  // namespace sglang\n")
+            done = subprocess.run([*command, "-o", str(binary), str(source)], capture_output=True, text=True)
+            if done.returncode:
+                raise Unavailable(f"nvcc does not build SGLang's {version}: {done.stderr.strip().splitlines()[0]}")
+            binary.replace(made)
+    return made.read_bytes()
 
 
 # ---- SGLang: launching ----------------------------------------------------------------------------------------------
