@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import bench
 import contenders
+import indexer
 import probes
 import pytest
 import sass
@@ -433,6 +434,66 @@ def test_topk_tables(tmp_path, capsys) -> None:
     assert "| 1 of 2 | 0.86 of it: 1 x 64K, k 512 |" in text  # 7 us above an empty kernel where 6 were asked for
     assert "SGLang v1 at 16K, 64K, 256K | 0 of 1 | 0.75 of it" in text
     assert "80% of a read's bandwidth | 0 of 1 | 0.84 of it" in text  # 1.34 TB/s of 1.6
+
+
+def places_of_the_best(logits, lengths, table, out, skip=0):
+    """In the place of SGLang's kernels, which take a card; or the best but for some."""
+    best = logits.topk(out.shape[1] + skip).indices[:, skip:]
+    return lambda: out.copy_(table.gather(1, best // PAGE) * PAGE + best % PAGE)
+
+
+def test_topk_as_rows_of_the_benchmark() -> None:
+    peers = {
+        "SGLang v1": topk_peers.Peer(places_of_the_best, True),
+        "torch": topk_peers.Peer(topk_peers.torch_topk),
+        "wrong": topk_peers.Peer(functools.partial(places_of_the_best, skip=1), True),
+    }
+    entries = indexer.run_topk((2, 640, 512), peers, Stopwatch(), CPU)
+    assert [(entry["peer"], entry["status"]) for entry in entries] == [
+        ("ours", "right"), ("SGLang v1", "right"), ("torch", "right"), ("wrong", "wrong"),
+    ]  # fmt: skip
+    assert {entry["name"] for entry in entries} == {"topk 2 x 640"}
+    assert all((entry["cold"]["median_us"], entry["warm"]["median_us"]) == (100.0, 50.0) for entry in entries[:3])
+    for quick in (False, True):
+        assert all(keys > k for _, keys, k in indexer.topk_cases(quick))
+
+
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+def test_the_indexer_as_rows_of_the_benchmark(fp4, monkeypatch, tmp_path) -> None:
+    """After the logits of a case: ours in one call, and a package's logits with each of SGLang's choices behind them."""
+    monkeypatch.setattr(bench, "has_indexer", lambda case: True)
+    monkeypatch.setattr(bench.upstream, "CANDIDATES", ("package", "broken"))
+
+    def broken(_):
+        raise ValueError("no such arch")
+
+    peers = {"ours": contenders.ours, "package": contenders.ours, "broken": broken, "triton": broken}
+    choices = {
+        "SGLang v1": topk_peers.Peer(places_of_the_best, True),
+        "SGLang v2": topk_peers.Peer(functools.partial(places_of_the_best, skip=1), True),
+        "torch": topk_peers.Peer(topk_peers.torch_topk),
+    }
+    case = Case("decode", fp4, 2, 640, heads=8)
+    ceilings = {"copy_tbps": 0.001, "mma_tflops": {"fp8_plain": 0.1}}
+    results = bench.run_case(case, Cache(CPU), peers, Stopwatch(), ceilings, choices)
+    entries = {entry["peer"]: entry for entry in results if entry["kind"] == "indexer"}
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "ours": "right", "package + SGLang v1": "right", "package + SGLang v2": "wrong",
+        "broken + SGLang v1": "failed", "broken + SGLang v2": "failed",
+    }  # fmt: skip
+    assert {entry["name"] for entry in entries.values()} == {f"fp{4 if fp4 else 8} indexer 2 x 640"}
+    assert entries["ours"]["error"] == 0 and entries["ours"]["cold"]["median_us"] == 100.0
+    result = {"device": {"name": "A card"}, "date": "2026-11-24", "ceilings": ceilings, "results": results, "took_s": 1}
+    write(result, tmp_path, print)
+    lines = (tmp_path / "bench.txt").read_text().splitlines()
+    assert "package + SGLang v1" in lines[0] and "100.0 (1.00x)" in next(line for line in lines if "indexer" in line)
+
+
+def test_which_cases_have_the_indexer() -> None:
+    sizes = {(case.fp4, case.rows, case.keys) for case in plan() if indexer.has_indexer(case)}
+    k = 1024
+    assert sizes == {(fp4, b, n) for fp4 in (False, True) for b in (1, 8, 64) for n in (16 * k, 64 * k, 256 * k)}
+    assert any(map(indexer.has_indexer, plan(quick=True)))
 
 
 @pytest.mark.peer

@@ -8,6 +8,7 @@ import peer
 import pytest
 import silicon_step
 import substitute
+import topk_peers
 import torch
 from silicon_cases import PAGE, Case, Inputs, Pool
 from test_silicon import Emulated
@@ -78,24 +79,30 @@ def test_all_sides_choose_the_same(fp4: bool, tree: substitute.Tree, monkeypatch
 
 
 def test_a_wrong_choice_shows(tree: substitute.Tree) -> None:
-    case = Case("decode", False, 2, 320)
-    it = Pool(torch.device("cpu")).inputs(case)[1]
+    it = Pool(torch.device("cpu")).inputs(Case("decode", False, 2, 320))[1]
     out = torch.empty((2, K), dtype=torch.int32)
     silicon_step.ours(tree, it, out, 8)["ours"]()
-    logits = it.out.clone()
-    assert silicon_step.apart(it, logits, out) == 0
-    for spoil in (
-        lambda: out[0, 0].fill_(int(out[0, 1])),  # twice
-        lambda: out[1, 5].fill_(-1),
-        lambda: out[1, 5].fill_(int(out[0, 5])),  # another row's page
-        lambda: out[1, 5].fill_(len(it.kv_cache) * PAGE + 3),
+    logits, lengths = it.out.clone(), it.lengths.flatten()
+
+    def distance() -> float:
+        return topk_peers.distance(logits, lengths, topk_peers.positions_of(out, it.block_table))
+
+    right = out.clone()
+    assert distance() == 0
+    for place in (
+        int(out[1, 6]),  # twice
+        -1,
+        int(out[0, 5]),  # another row's page
+        len(it.kv_cache) * PAGE + 3,
     ):
-        kept = out.clone()
-        spoil()
-        assert silicon_step.apart(it, logits, out) == float("inf")
-        out.copy_(kept)
-    choice(logits, it.lengths.flatten(), it.block_table, out, shift=1)()
-    assert silicon_step.apart(it, logits, out) > silicon_step.TOLERANCE
+        out[1, 5] = place
+        assert distance() == float("inf")
+        out.copy_(right)
+    lengths[0] -= 320 - K // 2
+    assert distance() == float("inf")
+    lengths[0] = 320
+    choice(logits, lengths, it.block_table, out, shift=1)()
+    assert silicon_step.TOLERANCE < distance() < 1
 
 
 def test_what_is_built_is_what_a_card_would_launch(tree: substitute.Tree) -> None:

@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from topk_peers import PAGE, Launch, Peer, find
+from topk_peers import PAGE, Launch, Peer, distance, find, positions_of
 
 ROOT = Path(__file__).parents[2]
 if importlib.util.find_spec("deep_gemm") is None:
@@ -85,19 +85,10 @@ class Problem:
         """Whether the first input's result has the best scores, each key once."""
         out = self.out[0].fill_(-7)
         call()
-        chosen = getattr(call, "indices", out).long()
+        chosen = getattr(call, "indices", out)
         if peer.places:
-            owner = self.table.flatten().argsort()  # of each page: row * pages + column
-            pages = self.table.shape[1]
-            place = owner[(chosen // PAGE).clamp(0, len(owner) - 1)]
-            mine = (chosen >= 0) & (place // pages == torch.arange(len(chosen), device=out.device)[:, None])
-            chosen = torch.where(mine, place % pages * PAGE + chosen % PAGE, -1)
-        chosen = chosen.sort(dim=1).values
-        inside = (chosen[:, 0] >= 0) & (chosen[:, -1] < self.lengths) & (chosen.diff(dim=1) > 0).all(dim=1)
-        if not bool(inside.all()):
-            return False
-        got = self.logits[0].gather(1, chosen).sort(dim=1, descending=True).values
-        return torch.equal(got, self.logits[0].topk(out.shape[1], dim=1).values)
+            chosen = positions_of(chosen, self.table)
+        return distance(self.logits[0], self.lengths, chosen) == 0
 
 
 def compare(case: Case, peers: dict[str, Peer], clock: Callable, pool: torch.Tensor) -> dict:

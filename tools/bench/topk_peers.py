@@ -269,6 +269,33 @@ def torch_topk(logits, lengths, table, out) -> Launch | None:
     return call
 
 
+# ---- are they right -------------------------------------------------------------------------------------------------
+
+
+def positions_of(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """int64 [rows, k]: the positions that places in pages stand for, where each row has pages of its own; -1 where that
+    is nothing of the row's."""
+    rows, columns = table.shape
+    owner = torch.full((int(table.max()) + 1,), -1, dtype=torch.int64, device=table.device)
+    owner[table.long()] = torch.arange(rows * columns, device=table.device).view(rows, columns)
+    found = owner[(places.long() // PAGE).clamp(0, len(owner) - 1)]
+    mine = (places >= 0) & (places < len(owner) * PAGE) & (found >= 0)
+    mine &= found // columns == torch.arange(rows, device=table.device)[:, None]
+    return torch.where(mine, found % columns * PAGE + places % PAGE, -1)
+
+
+def distance(logits: torch.Tensor, lengths: torch.Tensor, positions: torch.Tensor) -> float:
+    """How far the scores at the chosen positions are from the best, relative to the largest logit; infinite if one is
+    chosen twice, or lies outside its row. Columns behind a row's length hold nothing larger than what lies before."""
+    found = positions.long().sort(dim=1).values
+    inside = (found[:, 0] >= 0) & (found[:, -1] < lengths) & (found.diff(dim=1) > 0).all(dim=1)
+    if not bool(inside.all()):
+        return float("inf")
+    got = logits.gather(1, found).sort(dim=1, descending=True).values
+    best = logits.topk(positions.shape[1], dim=1).values
+    return float((got - best).abs().max() / logits.abs().max())
+
+
 # ---- who is here ----------------------------------------------------------------------------------------------------
 
 

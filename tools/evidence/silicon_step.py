@@ -103,32 +103,6 @@ def theirs(kernels: PeerKernels, form: str, it: Inputs, out: torch.Tensor, sms: 
     return sides
 
 
-# ---- are they right -------------------------------------------------------------------------------------------------
-
-
-def positions(it: Inputs, places: torch.Tensor) -> torch.Tensor:
-    """int64 [rows, k]: what places in pages stand for; -1 where that is nothing of the row's."""
-    owner = torch.full((len(it.kv_cache),), -1, dtype=torch.int64, device=places.device)
-    column, table = owner.clone(), it.block_table.long()
-    owner[table] = torch.arange(len(table), device=places.device)[:, None].expand_as(table)
-    column[table] = torch.arange(table.shape[1], device=places.device).expand_as(table)
-    pages = (places.long() // PAGE).clamp(0, len(owner) - 1)
-    mine = (places >= 0) & (owner[pages] == torch.arange(len(table), device=places.device)[:, None])
-    return torch.where(mine, column[pages] * PAGE + places % PAGE, -1)
-
-
-def apart(it: Inputs, logits: torch.Tensor, places: torch.Tensor) -> float:
-    """How far the scores of the chosen keys are from the best, relative to the largest; infinite if one is chosen
-    twice, or is none of the row's."""
-    found = positions(it, places).sort(dim=1).values
-    inside = (found[:, 0] >= 0) & (found[:, -1] < it.lengths[:, -1]) & (found.diff(dim=1) > 0).all(dim=1)
-    if not bool(inside.all()):
-        return float("inf")
-    got = logits.gather(1, found).sort(dim=1, descending=True).values
-    best = logits.topk(places.shape[1], dim=1).values
-    return float((got - best).abs().max() / logits.abs().max())
-
-
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +124,8 @@ def measure(
         outs[0].fill_(-7)
         calls[0]()
         if "logits" not in name:
-            measured["apart"][name] = apart(inputs[0], logits, outs[0])
+            chosen = topk_peers.positions_of(outs[0], inputs[0].block_table)
+            measured["apart"][name] = topk_peers.distance(logits, inputs[0].lengths.flatten(), chosen)
         measured["us"][name] = clock.time(calls, case.launches)
     return measured
 
