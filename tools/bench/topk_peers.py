@@ -230,7 +230,7 @@ def load_vllm() -> None:
     elif (spec := importlib.util.find_spec("vllm")) is not None:
         folder = Path(spec.submodule_search_locations[0]).parent
     else:
-        raise Unavailable("vLLM is not installed, and DG_VLLM_WHEEL names no wheel of it")
+        raise Unavailable("it is not installed, and DG_VLLM_WHEEL names no wheel of it")
     torch.ops.load_library(str(folder / _VLLM_LIBRARY))
 
 
@@ -248,6 +248,12 @@ def vllm_per_row(logits, lengths, table, out) -> Launch | None:
         return functools.partial(torch.ops._C.top_k_per_row_decode, logits, 1, lengths, out, *shape)
     starts = torch.zeros_like(lengths)
     return functools.partial(torch.ops._C.top_k_per_row_prefill, logits, starts, lengths, out, *shape)
+
+
+def load_flashinfer() -> None:
+    if importlib.util.find_spec("flashinfer") is None:
+        raise Unavailable("it is not installed, and its wheel has no compiled top-k to load without it")
+    importlib.import_module("flashinfer.topk")
 
 
 def flashinfer(logits, lengths, table, out) -> Launch | None:
@@ -317,7 +323,7 @@ def find() -> tuple[dict[str, Peer], dict[str, str]]:
     look({"SGLang v2": Peer(sglang_v2, True)}, lambda: _functions("v2"))
     look({"SGLang v2 (clusters)": Peer(sglang_v2_clusters, True)}, _clusters)
     look({"vLLM persistent": Peer(vllm_persistent), "vLLM per row": Peer(vllm_per_row)}, load_vllm)
-    look({"FlashInfer": Peer(flashinfer)}, lambda: importlib.import_module("flashinfer.topk"))
+    look({"FlashInfer": Peer(flashinfer)}, load_flashinfer)
     found["torch"] = Peer(torch_topk)
     return found, missing
 
