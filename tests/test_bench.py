@@ -460,7 +460,7 @@ def test_topk_as_rows_of_the_benchmark() -> None:
 
 @pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 def test_the_indexer_as_rows_of_the_benchmark(fp4, monkeypatch, tmp_path) -> None:
-    """After the logits of a case: ours in one call, and a package's logits with each of SGLang's choices behind them."""
+    """After the logits of a case: ours in one call, a package's with each of SGLang's choices behind them."""
     monkeypatch.setattr(bench, "has_indexer", lambda case: True)
     monkeypatch.setattr(bench.upstream, "CANDIDATES", ("package", "broken"))
 
