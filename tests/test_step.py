@@ -117,7 +117,15 @@ def report() -> dict:
         {"name": f"{kind} 1 x 64K", "fp4": kind == "fp4", "k": 512, "us": dict(us), "apart": {"v1": 1e-7, "ours": 0.0}}
         for kind in ("fp8", "fp4")
     ]
-    return {"date": "2026-01-01", "device": "a card", "sms": 132, "form": "x1", "empty_us": 1.0, "cases": cases}
+    return {
+        "date": "2026-01-01",
+        "device": "a card",
+        "sms": 132,
+        "form": "x1",
+        "pdl": True,
+        "empty_us": 1.0,
+        "cases": cases,
+    }
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

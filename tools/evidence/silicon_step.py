@@ -7,12 +7,14 @@
     python tools/evidence/silicon_step.py show --write       puts it into docs/performance.md, between the marks there
 
     --case "1 x 64K"  --formats fp8  --k 512  --tree PATH  --out FILE.json        less, of another tree, to elsewhere
+    --no-pdl                                                 without programmatic dependent launch
 
 One layer of a decode step: the scores of every key of each request, and the 512 best as places in pages of 64. Plans
-are made beforehand, each side's by its own planner, since all layers of a step share them. Logits lie in a buffer of
-their own, as in serving. The stand-in for SM120's MMA is that of `silicon.py` (x1, on both sides; on SM120 nothing is
-replaced); top-k has no MMA, and runs as it is. How it is timed, too, is as there: CUDA graphs of 24 launches (12 or 4,
-where they are long) that take turns over inputs in DRAM, the median of 7 replays.
+are made beforehand, each side's by its own planner, since all layers of a step share them. Kernels are launched with
+programmatic dependent launch, SGLang's default for its own and for DeepGEMM's. The stand-in for SM120's MMA is that of
+`silicon.py` (x1, on both sides; on SM120 nothing is replaced); top-k has no MMA, and runs as it is. Times are taken as
+there, too: CUDA graphs of 24 launches (12 or 4, where they are long) that take turns over inputs in DRAM, the median of
+7 replays.
 
 Choices are compared: by our logits, the scores of each side's keys may differ from the best ones by what two orders of
 a sum differ, relative to the largest logit. Where they do not, the exit status is 1.
@@ -130,14 +132,15 @@ def measure(
     return measured
 
 
-def run(cases: list[Case], k: int, form: str, tree: Tree, built: Built) -> dict:
+def run(cases: list[Case], k: int, form: str, tree: Tree, built: Built, pdl: bool = True) -> dict:
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     sms = properties.multi_processor_count
-    clock, pool, kernels = Clock(device), Pool(device), PeerKernels(built.get)
+    clock, pool, kernels = Clock(device), Pool(device), PeerKernels(built.get, overlap=pdl)
     tree.use(form)
+    tree.sm120.set_pdl(pdl)
     report = {
-        "date": str(date.today()), "device": properties.name, "sms": sms, "form": form,
+        "date": str(date.today()), "device": properties.name, "sms": sms, "form": form, "pdl": pdl,
         "empty_us": empty_us(clock, sms), "cases": [],
     }  # fmt: skip
     for fp4 in (False, True):
@@ -183,6 +186,7 @@ def table(report: dict) -> str:
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     how = "as they are" if report["form"] == NATIVE else f"form {report['form']} of the stand-in on both sides"
+    how += "" if report["pdl"] else ", no programmatic dependent launch"
     words = f"`make silicon-step`, {report['date']}, {report['device']}, {report['sms']} SMs, {how}; us, k "
     words += f"{report['cases'][0]['k']}; an empty kernel takes {report['empty_us']:.1f}."
     return words + "\n\n" + "\n".join(parts)
@@ -244,6 +248,7 @@ def main() -> int:
     parser.add_argument("--k", type=int, default=K)
     parser.add_argument("--form", choices=(*FORMS, NATIVE), help="default: x1, on SM120 native")
     parser.add_argument("--tree", type=Path, default=ROOT, help="a source tree of ours")
+    parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
     parser.add_argument("--write", action="store_true", help="show: into docs/performance.md")
     parser.add_argument("--out", type=Path, help=f"default, if nothing is left out: {RESULTS.relative_to(ROOT)}")
     arguments = parser.parse_args()
@@ -276,9 +281,9 @@ def main() -> int:
             print(f"No GPU here. On one would be timed, in the form {form}:")
             print("\n".join(f"  {case.name}" for case in cases))
         return 0
-    report = run(cases, arguments.k, form, tree, built)
+    report = run(cases, arguments.k, form, tree, built, not arguments.no_pdl)
     print(table(report))
-    whole = arguments.tree == ROOT and cases == plan() and arguments.k == K
+    whole = arguments.tree == ROOT and cases == plan() and arguments.k == K and not arguments.no_pdl
     if out := arguments.out or (RESULTS if whole else None):
         out.write_text(json.dumps(report, indent=1) + "\n")
     return not all(right(case) for case in report["cases"])
