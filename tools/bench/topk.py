@@ -191,11 +191,11 @@ def tables(report: dict) -> str:
     names = list(dict.fromkeys(name for case in report["cases"] for name in (*case["us"], *case["wrong"])))
     parts = [
         f"`python tools/bench/topk.py`, {report['date']}, {report['device']}, {report['sms']} SMs, torch "
-        f"{report['torch']}; us a launch, fp32 scores, places in pages of {PAGE}; an empty kernel takes "
-        f"{report['empty_us']:.1f}, and a read reaches {report['read_tbps']:.2f} TB/s. Ours and SGLang's are launched "
-        "with programmatic dependent launch (PDL), as SGLang does it, so that launches in a row overlap; ours also "
-        f"without. {RECORD}: for the record, since SM120 has none. Ratio: the fastest peer's time, without that one, over "
-        "ours."
+        f"{report['torch']}; us a launch, fp32 scores, places in pages of {PAGE}. An empty kernel takes "
+        f"{report['empty_us']:.1f}, a read reaches {report['read_tbps']:.2f} TB/s.",
+        "Ours and SGLang's are launched with programmatic dependent launch (PDL), as SGLang does it, so that launches in a "
+        f"row overlap; ours also without. {RECORD}: for the record, SM120 has none. Ratio: the time of the fastest peer, "
+        "that one left out, over ours.",
     ]
     parts += [f"Not here: {name} ({reason})." for name, reason in report["missing"].items()]
     for k in dict.fromkeys(case["k"] for case in report["cases"]):
