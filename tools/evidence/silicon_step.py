@@ -7,7 +7,7 @@
     python tools/evidence/silicon_step.py show --write       puts it into docs/performance.md, between the marks there
 
     --case "1 x 64K"  --formats fp8  --k 512  --tree PATH  --out FILE.json        less, of another tree, to elsewhere
-    --no-pdl                                                 without programmatic dependent launch
+    --no-pdl                                                 programmatic dependent launch for SGLang's kernels alone
 
 One layer of a decode step: the scores of every key of each request, and the 512 best as places in pages of 64. Plans
 are made beforehand, each side's by its own planner, since all layers of a step share them. Kernels are launched with
@@ -186,7 +186,7 @@ def table(report: dict) -> str:
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     how = "as they are" if report["form"] == NATIVE else f"form {report['form']} of the stand-in on both sides"
-    how += "" if report["pdl"] else ", no programmatic dependent launch"
+    how += "" if report["pdl"] else ", programmatic dependent launch of SGLang's kernels alone"
     words = f"`make silicon-step`, {report['date']}, {report['device']}, {report['sms']} SMs, {how}; us, k "
     words += f"{report['cases'][0]['k']}; an empty kernel takes {report['empty_us']:.1f}."
     return words + "\n\n" + "\n".join(parts)
@@ -248,7 +248,9 @@ def main() -> int:
     parser.add_argument("--k", type=int, default=K)
     parser.add_argument("--form", choices=(*FORMS, NATIVE), help="default: x1, on SM120 native")
     parser.add_argument("--tree", type=Path, default=ROOT, help="a source tree of ours")
-    parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
+    parser.add_argument(
+        "--no-pdl", action="store_true", help="programmatic dependent launch for SGLang's kernels alone"
+    )
     parser.add_argument("--write", action="store_true", help="show: into docs/performance.md")
     parser.add_argument("--out", type=Path, help=f"default, if nothing is left out: {RESULTS.relative_to(ROOT)}")
     arguments = parser.parse_args()
