@@ -193,8 +193,8 @@ def tables(report: dict) -> str:
         f"`python tools/bench/topk.py`, {report['date']}, {report['device']}, {report['sms']} SMs, torch "
         f"{report['torch']}; us a launch, fp32 scores, places in pages of {PAGE}. An empty kernel takes "
         f"{report['empty_us']:.1f}, a read reaches {report['read_tbps']:.2f} TB/s.",
-        "Ours and SGLang's are launched with programmatic dependent launch (PDL), as SGLang does it, so that launches in "
-        f"a row overlap; ours also without. {RECORD}: for the record, SM120 has none. Ratio: the fastest peer's time, "
+        "Ours and SGLang's are launched with programmatic dependent launch (PDL), as SGLang does it: launches in "
+        f"a row overlap. Ours also without. {RECORD}: for the record, SM120 has none. Ratio: the fastest peer's time, "
         "that one left out, over ours.",
     ]
     parts += [f"Not here: {name} ({reason})." for name, reason in report["missing"].items()]
