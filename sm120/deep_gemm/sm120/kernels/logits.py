@@ -120,17 +120,23 @@ class Config:
         return self.fp4 or self.block > 0 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
 
     @cached_property
+    def padded_heads(self) -> int:
+        """As the tensor core takes them: 16 at a time."""
+        return -(-self.heads // 16) * 16
+
+    @cached_property
     def tokens(self) -> int:
-        """Of a warp: so many that what it takes to bring a key is worth the while, and, with few rows, as a row has. A
-        list of blocks is one row's."""
-        most = max(1, 32 // self.heads) if self.arch.startswith("sm_12") and not self.block else 1
+        """Of a warp: two where a query takes at most 16 registers of a lane, since what it takes to bring a key is then
+        worth the while; with few rows no more than a row has. A list of blocks is one row's."""
+        small = self.padded_heads <= (32 if self.fp4 else 16)
+        most = 2 if small and self.arch.startswith("sm_12") and not self.block else 1
         return min(most, self.next_n) if self.few_rows else most
 
     @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
         if self.arch.startswith("sm_12"):
-            query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
+            query = self.tokens * self.padded_heads * self.dim // (2 if self.fp4 else 1)
             if self.block and self.heads > 32:  # eight places take registers too
                 return 12 if self.fp4 else 8
             return 12 if query > 4096 or query == 4096 and (self.few_rows and self.fp4 or self.tokens > 1) else 16
