@@ -80,7 +80,7 @@ def test_one_row_of_many_keys_fills_the_chip() -> None:
     problem = Ragged([0], [200_000], 200_000, heads=8, dim=32)
     with recording() as launches:
         deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
-    assert launches[0].blocks >= 2 * deep_gemm.get_num_sms()
+    assert launches[0].blocks == deep_gemm.get_num_sms()
 
 
 def test_few_splits_reach_all_slots() -> None:

@@ -16,7 +16,8 @@ from .windows import Windows
 TILE = 32  # keys that a warp takes at a time
 FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
 FEW_TOKENS = 8  # of each, at most: a warp for each
-_BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
+# ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
+_PARTS_OF_SM, _PARTS_IN_STRIPE, _STRIPES = 256, 16, 4
 
 _QUERIES = [
     ("query", ctypes.c_void_p),
@@ -55,6 +56,9 @@ class RaggedParams(ctypes.Structure):
         *_OUTPUT,
         ("windows", Windows),
         ("columns", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
+        ("stripes", ctypes.c_int32),
     ]
 
 
@@ -201,8 +205,8 @@ def few_rows(rows: int, next_n: int, slots: int) -> bool:
 
 
 def together(next_n: int) -> int:
-    """How many tokens of a row it pays to take together, if there is room for them: 1, 2 or 4."""
-    return 4 if next_n % 4 == 0 else 2 if next_n > 1 else 1
+    """How many tokens of a row it pays to take together, if there is room for them: 1 or 2."""
+    return min(2, next_n)
 
 
 def rows_per_group(config: Config, next_n: int) -> int:
@@ -210,19 +214,13 @@ def rows_per_group(config: Config, next_n: int) -> int:
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
-@lru_cache(1024)  # a server meets prefills of any length
-def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
-    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split: so many that blocks
-    fill the chip a few times, and that the last time leaves few SMs idle (else up to 15% of the time, 25 Nov 2026)."""
-    groups = -(-rows // min(32, config.warps * config.tokens))
-    most = max(1, min(-(-keys // (TILE * config.warps)), 65535))
-    fewest = min(most, -(-_BLOCKS_PER_SM * num_sms // groups))
-
-    def idle(parts: int) -> float:
-        return -(groups * parts) % num_sms / (groups * parts)
-
-    choices = range(fewest, min(most, 4 * fewest + 3) + 1)
-    return groups, next((parts for parts in choices if idle(parts) < 0.03), min(choices, key=idle))
+def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int, int]:
+    """How the ragged kernel's work is cut: groups of rows; in how many parts the keys of each; and in how many stripes
+    the list of all these, from each of which a block takes neighbouring parts. Parts are small, so that blocks have
+    equally much; stripes are few, since each is one more time that a block loads queries."""
+    groups, tiles = -(-rows // min(32, config.warps * config.tokens)), max(1, -(-keys // TILE))
+    each = min(tiles, -(-_PARTS_OF_SM * num_sms // groups))
+    return groups, each, max(1, min(_STRIPES, groups * each // (_PARTS_IN_STRIPE * num_sms)))
 
 
 def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out) -> None:
@@ -294,5 +292,5 @@ def ragged(
     p.key_scales = key_scales.data_ptr()
     p.columns = columns
     inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}
-    grid = shares(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
-    launch(config.kernel, out.device, grid, p, inputs, {"logits": out})
+    p.groups, p.parts, p.stripes = parts(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
+    launch(config.kernel, out.device, (min(num_sms, p.groups * p.parts), 1), p, inputs, {"logits": out})
