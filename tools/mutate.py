@@ -349,8 +349,10 @@ MUTATIONS = {
         "if (p.columns) window.end = min(window.end, «window.begin + p.columns → p.columns»);",
         "if (lane.id >= Group::kSize || token «>= → >» p.windows.rows) return {0, 0};",
         "empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1);",
-        "const int share = (last - first« - 1) / int(gridDim.y) + 1 → ) / int(gridDim.y)»;",
-        "from = first + int(blockIdx.y) * share, to = min(last, from« + share → »);",
+        "from = first + piece * block + min(block, longer), to = first + piece * («block + 1 → block») + min",
+        "to = «min(to - group * p.parts, p.parts) → to - group * p.parts»;",
+        "first + share * to + min(to, «longer → 0»), p.columns",
+        "if (tile == kNever) done = group * p.parts + to, tile = «0 → tile»;",
     ],
     "sm120/kernels/lists.cuh": [
         "return max(0, min(head.seal == seal ? head.columns : «0 → limit», limit));",
@@ -390,7 +392,7 @@ MUTATIONS = {
         "p.slots_inverse = min(2**32 - 1, «2**32 // slots → 2**32 // slots - 1»)",
         "p.pages = kv_cache.shape[0]« → + 1»",
         "p.table_stride = block_table.stride()[«0 → 1»]",
-        "-(-keys // (TILE * config.warps)), «65535 → 65536»))",
+        "groups, tiles = «-(- → (»rows // min(32, config.warps",
     ],
     "sm120/jit/cache.py": [
         "if digest(entry[_DIGEST_BYTES:]) «!= → ==» entry[:_DIGEST_BYTES]:",
