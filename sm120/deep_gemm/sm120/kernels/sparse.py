@@ -11,7 +11,7 @@ from .logits import Config, Lists, SparseParams, rows_per_group
 from .windows import Windows
 
 # lists.cuh
-_FIRST_ROW = 192
+FIRST_ROW = 192
 _ROW_HEAD = 16
 
 _FEW_ROWS = 64
@@ -53,7 +53,14 @@ def pitch(width: int) -> int:
 
 def size(rows: int, width: int) -> int:
     """Bytes of metadata."""
-    return _FIRST_ROW + rows * pitch(width)
+    return FIRST_ROW + rows * pitch(width)
+
+
+def places(metadata: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """int32 [rows, width]: where each block of a row lies in the cache, in blocks; rows may have fewer."""
+    words = metadata[: size(rows, width)].view(torch.int32)
+    first = words.storage_offset() + (FIRST_ROW + _ROW_HEAD) // 4
+    return words.as_strided((rows, width), (pitch(width) // 4, 1), first)
 
 
 def seal(width: int, block: int, page: int, unaligned: bool) -> int:
