@@ -11,7 +11,6 @@
 //   windows           of, longest, length: of one of `rows * lengths_per_row` lengths; limit
 //   entry             (row, split of 256 keys) where a slot starts                      many rows
 //   rows_per_group                                                                      many rows
-//   slots_inverse     2^32 / slots, rounded down                                        few rows
 #pragma once
 
 #include "group.cuh"
@@ -51,78 +50,95 @@ struct Rows {
         return min(max(__reduce_max_sync(kAllLanes, length), 0), p.windows.limit);
     }
 
+    // Numbers below 2^31 over `by`, rounded down.
+    struct Divisor {
+        uint32 by, inverse;
+        __device__ explicit Divisor(uint32 by) : by(by), inverse(0xffffffff / by) {}
+        __device__ uint32 operator()(uint32 number) const {
+            const uint32 quotient = __umulhi(number, inverse);           // one too small at most
+            return quotient + (number - quotient * by >= by);
+        }
+    };
+
+    // Into how many runs the tiles of this lane's rows are cut, each of `run` tiles but for a row's last.
+    __device__ static int runs_of(const int (&keys)[kRowsPerLane], int run) {
+        const Divisor divisor(run);
+        int runs = 0;
+        #pragma unroll
+        for (int i = 0; i < kRowsPerLane; ++i) runs += divisor(tiles_of(keys[i]) + run - 1);
+        return runs;
+    }
+
     // One row: neighbouring tiles go to different SMs. Which tile is a warp's first does not depend on the length, so its page
-    // is asked for together with that. More rows: all tiles of all rows stand in one list, of which each block takes a piece,
-    // and each of its warps every so many.
+    // is asked for together with that.
+    // More rows: their tiles are cut into runs, each of one row, as short as gives no warp two of them: a second would begin
+    // with a query that nobody has asked for, which takes as long as a dozen tiles. Neighbouring runs go to different SMs.
     __device__ static void run_few(const Params& p) {
         ptx::griddepcontrol();
         const Lane lane;
-        // How far in the list this warp has come; all else is worked out anew when a row ends: registers are dearer.
-        for (int come = 0;;) {
-            const int warp = threadIdx.x / 32, block = blockIdx.x, slots = gridDim.x;
-            const int sets = (p.windows.next_n + kTokens - 1) / kTokens;
-            const int shares = sets == 1 ? kWarps : kWarps / sets, share = sets == 1 ? warp : warp / sets;
-            const int set = warp - share * sets;
-            if (share >= shares) return;
-            const bool one_row = p.windows.rows == 1;
+        const int warp = threadIdx.x / 32, block = blockIdx.x, slots = gridDim.x;
+        const int sets = (p.windows.next_n + kTokens - 1) / kTokens;
+        const int shares = sets == 1 ? kWarps : kWarps / sets, share = sets == 1 ? warp : warp / sets;
+        const int set = warp - share * sets, item = block + slots * share;
+        if (share >= shares) return;
 
-            int row = 0, first = 0, length, item = block + slots * share, step = slots * shares, to;
-            Source source(p.keys, 0);
-            if (one_row) {
-                if (item * 8 >= p.windows.limit) return;
-                Source source_of_eight = source;
-                source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
-                source.open(item, step, p.windows.limit - 1, lane);
-                length = longest_of_one(p, lane);
-                to = tiles_of(length);
-                // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
-                if (to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
-                    const Share<kTokens> work = share_of(p, 0, length, set, item, step, to);
-                    if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
-                    return;
-                }
-            } else {
-                int keys[kRowsPerLane], mine = 0;      // of this lane's rows, and their tiles
-                #pragma unroll
-                for (int i = 0; i < kRowsPerLane; ++i) {
-                    const int of = kRowsPerLane * lane.id + i;
-                    keys[i] = of < p.windows.rows ? max(p.windows.longest(of), 0) : 0;
-                }
-                #pragma unroll
-                for (int i = 0; i < kRowsPerLane; ++i) mine += tiles_of(keys[i]);
-                int end = mine;                        // in the list
-                #pragma unroll
-                for (int distance = 1; distance < 32; distance *= 2) {
-                    const int before = __shfl_up_sync(kAllLanes, end, distance);
-                    if (lane.id >= distance) end += before;
-                }
-                const uint32 total = __shfl_sync(kAllLanes, end, 31);
-                uint32 piece = __umulhi(total, p.slots_inverse);
-                if (total - piece * slots >= slots) ++piece;
-                const int longer = total - piece * slots;
-                item = piece * block + min(block, longer) + share + come;
-                to = piece * (block + 1) + min(block + 1, longer);
-                step = shares;
-                if (item >= to) return;
-                const int at = __ffs(__ballot_sync(kAllLanes, end > item)) - 1;        // the lane that has its row
-                first = __shfl_sync(kAllLanes, end - mine, at), row = kRowsPerLane * at;
-                length = __shfl_sync(kAllLanes, keys[0], at);
-                #pragma unroll
-                for (int i = 1; i < kRowsPerLane; ++i) {
-                    const int next = __shfl_sync(kAllLanes, keys[i], at);
-                    if (item >= first + tiles_of(length)) first += tiles_of(length), length = next, row = kRowsPerLane * at + i;
-                }
+        Share<kTokens> work;
+        Source source(p.keys, 0);
+        if (p.windows.rows == 1) {
+            if (item * 8 >= p.windows.limit) return;
+            Source source_of_eight = source;
+            source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
+            source.open(item, slots * shares, p.windows.limit - 1, lane);
+            const int length = longest_of_one(p, lane), tiles = tiles_of(length);
+            work = share_of(p, 0, length, set, item, slots * shares, tiles);
+            // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
+            if (tiles * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
+                if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
+                return;
             }
-            const int limit = min(to - first, tiles_of(length));
-            const Share<kTokens> work = share_of(p, row, length, set, item - first, step, limit);
-            const bool more = !one_row && first + limit < to;          // to find that out again would take 0.5 us
-            if (work.tile < work.to) {
-                if (!one_row) source = Group::open(p, work, lane);
-                Group::score(p, work, source, false, lane);
+            if (work.tile >= work.to) return;
+        } else {
+            int keys[kRowsPerLane], tiles = 0;     // of this lane's rows
+            #pragma unroll
+            for (int i = 0; i < kRowsPerLane; ++i) {
+                const int of = kRowsPerLane * lane.id + i;
+                keys[i] = of < p.windows.rows ? max(p.windows.longest(of), 0) : 0;
             }
-            if (!more) return;
-            come += (limit - work.tile + step - 1) / step * step;
+            #pragma unroll
+            for (int i = 0; i < kRowsPerLane; ++i) tiles += tiles_of(keys[i]);
+            const uint32 total = __reduce_add_sync(kAllLanes, tiles), takers = slots * shares;
+            if (total == 0) return;
+            // A row's last run may be short, so there are up to as many more as there are rows.
+            uint32 run = (total - 1) / takers + 1, enough = (total - 1) / (takers - p.windows.rows) + 1;
+            while (run < enough) {
+                const uint32 middle = (run + enough) / 2;
+                if (__reduce_add_sync(kAllLanes, runs_of(keys, middle)) <= takers) enough = middle;
+                else run = middle + 1;
+            }
+            // The lane that has the row of run `item`, and which of its rows that is.
+            const int mine = runs_of(keys, run);
+            int end = mine;
+            #pragma unroll
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int before = __shfl_up_sync(kAllLanes, end, distance);
+                if (lane.id >= distance) end += before;
+            }
+            const uint32 found = __ballot_sync(kAllLanes, end > item);
+            if (found == 0) return;
+            const int at = __ffs(found) - 1;
+            const Divisor divisor(run);
+            int rest = item - __shfl_sync(kAllLanes, end - mine, at), row = kRowsPerLane * at;
+            int length = __shfl_sync(kAllLanes, keys[0], at);
+            #pragma unroll
+            for (int i = 1; i < kRowsPerLane; ++i) {
+                const int next = __shfl_sync(kAllLanes, keys[i], at), runs = divisor(tiles_of(length) + run - 1);
+                if (rest >= runs) rest -= runs, length = next, row = kRowsPerLane * at + i;
+            }
+            work = share_of(p, row, length, set, rest * run, 1, min((rest + 1) * int(run), tiles_of(length)));
+            if (work.tile >= work.to) return;
+            source = Group::open(p, work, lane);
         }
+        Group::score(p, work, source, false, lane);
     }
 
     // ---- many rows -----------------------------------------------------------------------------------------------------
