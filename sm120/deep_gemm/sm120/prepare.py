@@ -77,8 +77,9 @@ def _kernels(
     kernels = [clean.kernel(logits_dtype)]
     if paged:
         together = {logits.together(n) for n in range(1, min(next_n, 4) + 1)}
-        few = {config(page=block_kv, few_rows=True, next_n=n).kernel: None for n in sorted(together)}
-        kernels += [*metadata.KERNELS, *few, config(page=block_kv).kernel]
+        few = itertools.product(logits.FEW_ROWS, sorted(together))
+        distinct = {config(page=block_kv, few_rows=rows, next_n=n).kernel: None for rows, n in few}
+        kernels += [*metadata.KERNELS, *distinct, config(page=block_kv).kernel]
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels
@@ -94,7 +95,7 @@ def _sparse_kernels(
         *(
             logits.configure(arch, fp4, heads, 128, page, bf16, bf16, few, alignment=alignment, block=block).kernel
             for page in pages
-            for few in (True, False)
+            for few in (*logits.FEW_ROWS, 0)
         ),
     ]
 

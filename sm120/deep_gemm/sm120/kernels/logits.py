@@ -14,8 +14,9 @@ from ..jit import MOST, Kernel, launch
 from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
-FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
+FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
+_QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 _BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
 
 _QUERIES = [
@@ -25,6 +26,18 @@ _QUERIES = [
     ("weights_stride", ctypes.c_int64),
 ]
 _OUTPUT = [("logits", ctypes.c_void_p), ("logits_stride", ctypes.c_int64)]
+
+
+class FewRows(ctypes.Structure):
+    """Field by field as in rows.cuh."""
+
+    _fields_ = [
+        ("shares", ctypes.c_int32),
+        ("takers", ctypes.c_int32),
+        ("quarters", ctypes.c_int32),
+        ("takers_inverse", ctypes.c_uint32),
+        ("spare_inverse", ctypes.c_uint32),
+    ]
 
 
 class PagedParams(ctypes.Structure):
@@ -41,7 +54,7 @@ class PagedParams(ctypes.Structure):
         ("windows", Windows),
         ("schedule", ctypes.c_void_p),
         ("rows_per_group", ctypes.c_int32),
-        ("slots_inverse", ctypes.c_uint32),
+        ("few", FewRows),
     ]
 
 
@@ -84,7 +97,7 @@ class SparseParams(ctypes.Structure):
         *_OUTPUT,
         ("windows", Lists),
         ("rows_per_group", ctypes.c_int32),
-        ("slots_inverse", ctypes.c_uint32),
+        ("few", FewRows),
     ]
 
 
@@ -93,7 +106,7 @@ class Config:
     """What the kernel is compiled for.
 
     page       keys of a page; 0: ragged
-    few_rows   paged, sparse: the grid shares out the tiles of all rows; else blocks take groups of rows
+    few_rows   paged, sparse: the grid shares out the tiles of all rows, one of FEW_ROWS at most; 0: blocks take groups
     next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
@@ -106,7 +119,7 @@ class Config:
     page: int
     weights: torch.dtype
     logits: torch.dtype
-    few_rows: bool = False
+    few_rows: int = 0
     next_n: int = 1
     alignment: int = 32
     block: int = 0
@@ -164,15 +177,16 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     # Profilers, upstream's tests among them, look for `mqa_logits` and `paged_mqa_logits`.
     sizes = f"{format}, {config.heads}"
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
-    rows = "few" if config.few_rows else "many"
+    rows = {0: "many", 1: "one"}.get(config.few_rows, f"few{config.few_rows}")
+    run = {0: "run_many", 1: "run_one"}.get(config.few_rows, f"run_few<{config.few_rows}>")
     if config.block:
         layout = "paged_sparse" if config.page else "sparse"
         page, header = f"_p{config.page}_s{config.block}_{rows}", "sparse.cuh"
         blocks, parameters = f"{config.page}, {config.block}", SparseParams
-        call = f"Sparse<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::run_{rows}(p);"
+        call = f"Sparse<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
-        layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
-        call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
+        layout, page, header = "paged", f"_p{config.page}_{rows}{f'_t{config.tokens}' if config.few_rows else ''}", "paged.cuh"
+        call, parameters = f"Paged<{sizes}, {config.page}, {types}>::{run}(p);", PagedParams
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
         call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
@@ -186,12 +200,14 @@ def alignment(*places: int) -> int:
     return together & -together
 
 
-def few_rows(rows: int, next_n: int, slots: int) -> bool:
-    """Whether rows are taken one by one. Rows by the hundred are a prefill: neighbours see the same keys, which should
+def few_rows(rows: int, next_n: int, slots: int) -> int:
+    """Which of FEW_ROWS holds `rows`, if they are taken one by one, else 0. Rows by the hundred are a prefill: neighbours see the same keys, which should
     leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
     nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
     24 Nov 2026.)"""
-    return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
+    if next_n > FEW_TOKENS or rows >= slots and (rows >= 2 * slots or rows * next_n > 6 * slots):
+        return 0
+    return next((most for most in FEW_ROWS if rows <= most), 0)
 
 
 def together(next_n: int) -> int:
@@ -217,6 +233,18 @@ def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int
 
     choices = range(fewest, min(most, 4 * fewest + 3) + 1)
     return groups, next((parts for parts in choices if idle(parts) < 0.03), min(choices, key=idle))
+
+
+@lru_cache(MOST)
+def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
+    """What a kernel of few rows would otherwise divide for."""
+    if not config.few_rows:
+        return FewRows()
+    sets = -(-next_n // config.tokens)
+    shares = config.warps // sets
+    takers = slots * shares
+    inverse, spare = (min(2**32 - 1, 2**32 // number) for number in (takers, takers - rows))
+    return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), inverse, spare)
 
 
 def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out) -> None:
@@ -255,7 +283,7 @@ def paged(
     p.table_stride = block_table.stride()[0]
     p.pages = kv_cache.shape[0]
     p.rows_per_group = rows_per_group(config, windows.next_n)
-    p.slots_inverse = min(2**32 - 1, 2**32 // slots)
+    p.few = plan_of_few(config, slots, windows.rows, windows.next_n)
     inputs = {
         "q": query,
         "q scales": query_scales,

@@ -22,7 +22,7 @@ struct SparseParams {
     Output output;
     Lists windows;
     int rows_per_group;          // many rows
-    uint32 slots_inverse;        // 2^32 / slots, rounded down                          few rows
+    FewRows few;                 // few rows
 
     __device__ int2 entry(int slot, const Lane& lane) const { return windows.entry(slot, gridDim.x, lane); }
 };

@@ -25,6 +25,13 @@ struct Windows {
         return {starts ? max(int(ptx::load_word(starts + token)), 0) : 0, max(0, min(end, limit))};
     }
 
+    // The same of token `n` of `row`, paged.
+    __device__ int end(int row, int n) const {
+        const bool own = lengths_per_row == next_n;
+        const int length = ptx::load_word(ends + (own ? row * next_n + n : row));
+        return max(0, min(own ? length : max(length, 0) - (next_n - 1 - n), limit));
+    }
+
     __device__ int length(int i) const { return ptx::load_word(ends + i); }
 
     // The keys of a row's longest token.
