@@ -50,6 +50,7 @@ class PagedParams(ctypes.Structure):
         ("page_stride", ctypes.c_uint32),
         ("table_stride", ctypes.c_int32),
         ("pages", ctypes.c_uint32),
+        ("columns", ctypes.c_uint32),
         *_OUTPUT,
         ("windows", Windows),
         ("schedule", ctypes.c_void_p),
@@ -282,6 +283,7 @@ def paged(
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
     p.pages = kv_cache.shape[0]
+    p.columns = min(block_table.shape[1], 2**32 // config.page)
     p.rows_per_group = rows_per_group(config, windows.next_n)
     p.few = plan_of_few(config, slots, windows.rows, windows.next_n)
     inputs = {

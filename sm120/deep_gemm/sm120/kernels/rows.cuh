@@ -53,7 +53,7 @@ struct Rows {
             const int n = min(set * kTokens + i, p.windows.next_n - 1);
             share.tokens[i] = row * p.windows.next_n + n;
             share.windows[i] = {0, p.windows.next_n == 1 ? keys : p.windows.end(row, n)};
-            share.end = max(share.end, share.windows[i].end);
+            share.end = i == 0 ? share.windows[i].end : max(share.end, share.windows[i].end);
             if (set * kTokens + i > n) share.windows[i].end = 0;                   // the last token again, for nobody
         }
         share.to = min(to, tiles_of(share.end));

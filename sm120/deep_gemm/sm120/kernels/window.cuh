@@ -3,7 +3,7 @@
 
 #include "ptx.cuh"
 
-struct Window { int begin, end; };
+struct Window { int begin, end; };     // begin <= end
 
 struct Windows {
     const int* starts;       // [tokens] first key                               ragged; else null: 0
@@ -22,7 +22,8 @@ struct Windows {
             const int row = token / next_n;
             end = max(int(ptx::load_word(ends + row)), 0) - (next_n - 1 - (token - row * next_n));
         }
-        return {starts ? max(int(ptx::load_word(starts + token)), 0) : 0, max(0, min(end, limit))};
+        const int begin = starts ? max(int(ptx::load_word(starts + token)), 0) : 0;
+        return {begin, max(begin, min(end, limit))};
     }
 
     // The same of token `n` of `row`, paged.
