@@ -206,8 +206,10 @@ def few_rows(rows: int, next_n: int, slots: int) -> int:
     leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
     nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
     24 Nov 2026.)"""
-    if next_n > FEW_TOKENS or rows >= slots and (rows >= 2 * slots or rows * next_n > 6 * slots):
+    if next_n > FEW_TOKENS:
         return 0
+    if rows >= slots and (rows <= FEW_ROWS[1] or rows >= 2 * slots or rows * next_n > 6 * slots):
+        return 0  # a run for each row alone would leave warps idle
     return next((most for most in FEW_ROWS if rows <= most), 0)
 
 
