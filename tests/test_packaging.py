@@ -83,13 +83,17 @@ def test_the_common_kernels_are_compiled_ahead(lean: Path) -> None:
     files = shipped(lean)
     index = json.loads(files.pop("index.json"))
     assert sorted(index.values()) == sorted(files)
-    assert len(files) == 40 + 4 + 6 + 2 + 3  # logits, those of pages of 128, sparse ones, cleaning, metadata
+    topk = [name for name in files if "topk" in name]
+    assert all(any(f"fp32_k{k}_" in name for name in topk) for k in (512, 1024, 2048))
+    assert sum("_maxima" in name for name in files) == 5  # of pages of 64 and 128: few, many; ragged
+    # Logits, those of pages of 128, with maxima, sparse ones, cleaning, metadata.
+    assert len(files) - len(topk) == 40 + 8 + 5 + 18 + 2 + 2 + 3
     assert all(cubin[:4] == b"\x7fELF" for cubin in files.values())
-    assert sum(map(len, files.values())) < 5 << 20
+    assert sum(map(len, files.values())) < 16 << 20 and lean.stat().st_size < 8 << 20
 
 
-def test_no_kernel_that_is_shipped_spills(lean: Path) -> None:
-    files = shipped(lean)
+def test_no_kernel_of_logits_that_is_shipped_spills(lean: Path) -> None:
+    files = {name: cubin for name, cubin in shipped(lean).items() if "topk" not in name}
     used = {name: sass.resources(cubin) for name, cubin in files.items() if name.endswith(".cubin")}
     assert len(used) > 40
     for kernels in used.values():

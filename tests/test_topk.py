@@ -387,36 +387,130 @@ def test_paged_lengths_of_one_dimension(device: str) -> None:
     chosen_of_paged(Paged([700, 1, 0], 3, heads=8, dim=64, device=device), 300, device)
 
 
-@pytest.mark.parametrize("next_n", [1, 3])
-def test_a_paged_prefill_takes_turns(next_n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few SMs 48 rows are many: they are scored some at a time, in a workspace of no more than it says."""
+@pytest.fixture(params=["rows", "keys"])
+def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With few SMs 48 rows are a prefill, of which little is kept: some of its rows, or some of its keys."""
     monkeypatch.setattr(settings, "_num_sms", 8)
-    monkeypatch.setattr(topk_module, "_LOGITS_BYTES", 1024)
-    lengths = torch.randint(0, 1000, (48 // next_n, next_n)).tolist()
-    problem = Paged(lengths, next_n, heads=8, dim=32, slots=8, device=device)
+    monkeypatch.setattr(topk_module, "_LOGITS_BYTES", 1024 if request.param == "rows" else 5000)
+    monkeypatch.setattr(topk_module, "_PIECE", 64)
+    monkeypatch.setattr(topk_module, "_LEAST_ROWS", 3 if request.param == "rows" else 99)
+    return request.param
+
+
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+@pytest.mark.parametrize("next_n", [1, 3])
+def test_a_paged_prefill_takes_turns(next_n: int, fp4: bool, turns: str, device: str) -> None:
+    """In a workspace of no more than is allowed, in which anything may stand."""
+    lengths = torch.randint(0, 2000, (48 // next_n, next_n)).tolist()
+    problem = Paged(lengths, next_n, heads=8, dim=64, fp4=fp4, slots=8, device=device)
     size = sm120.mqa_topk_workspace_bytes(48, problem.max_context_len, 200, next_n, device)
-    assert size <= 4 * 17 * 1024
+    assert size <= 48 * topk_module._LOGITS_BYTES
     workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     chosen_of_paged(problem, 200, device, workspace=workspace)
 
 
-@pytest.mark.parametrize("sms", [188, 4])
-@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
-def test_ragged_logits_and_choice(fp4: bool, sms: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "_num_sms", sms)
-    monkeypatch.setattr(topk_module, "_LOGITS_BYTES", 4096)
-    starts = [0, 5, 100, 1000, 7] * 8
-    ends = [800, 5, 1500, 1200, 900] * 8
-    problem = Ragged(starts, ends, 1500, heads=8, dim=64, fp4=fp4, device=device)
+def test_a_paged_prefill_with_lengths_of_one_dimension(turns: str, device: str) -> None:
+    lengths = [700, 1, 0, 2000, 64, 65, 321, 200] * 2
+    chosen_of_paged(Paged(lengths, 3, heads=8, dim=32, slots=8, device=device), 200, device)
+
+
+@pytest.mark.parametrize("block_kv", [16, 48, 1008])
+def test_a_paged_prefill_with_other_pages(block_kv: int, turns: str, device: str) -> None:
+    lengths = torch.randint(0, 2000, (48, 1)).tolist()
+    chosen_of_paged(Paged(lengths, block_kv=block_kv, heads=8, dim=32, slots=8, device=device), 77, device)
+
+
+def chosen_of_ragged(problem: Ragged, k: int, device: str, **options) -> None:
     logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments()).cpu()
-    lengths = [max(0, end - start) for start, end in zip(starts, ends)]
-    expected = reference.topk(logits, lengths, 300, starts)
-    positions = poisoned(40, 300, torch.int32, device)
-    out = sm120.fp8_fp4_mqa_topk(*problem.arguments(), 300, offset=problem.ks, positions=positions).cpu()
+    starts = [min(max(start, 0), problem.keys) for start in problem.starts]
+    ends = [min(end, problem.keys) for end in problem.ends]
+    lengths, rows = [max(0, end - start) for start, end in zip(starts, ends)], len(starts)
+    expected = reference.topk(logits, lengths, k, starts)
+    out, positions = (poisoned(rows, k, torch.int32, device) for _ in range(2))
+    scores = poisoned(rows, k, torch.float32, device)
+    sm120.fp8_fp4_mqa_topk(
+        *problem.arguments(), k, offset=problem.ks, out=out, positions=positions, scores=scores, **options
+    )
     for row, want in enumerate(expected):
-        assert sorted(positions[row, : len(want)].tolist()) == want
-        assert sorted(out[row, : len(want)].tolist()) == [starts[row] + position for position in want]
-        assert (out[row, len(want) :] == -1).all()
+        count, got = len(want), positions[row].cpu()
+        assert sorted(got[:count].tolist()) == want, difference(logits[row, starts[row] :], sorted(got.tolist()), want)
+        assert sorted(out[row, :count].tolist()) == [problem.starts[row] + position for position in want]
+        assert (got[count:] == -1).all() and (out[row, count:] == -1).all()
+        chosen = logits[row, starts[row] + got[:count].long()]
+        torch.testing.assert_close(scores[row, :count].cpu(), chosen, rtol=0, atol=0, equal_nan=True)
+        assert (scores[row, count:] == -torch.inf).all()
+
+
+BOUNDS = [0, 5, 100, 1000, 7, 1400, 640, -3] * 6, [800, 5, 1500, 1200, 900, 1401, 3000, 700] * 6
+
+
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+def test_ragged_logits_and_choice(fp4: bool, device: str) -> None:
+    chosen_of_ragged(Ragged(*BOUNDS, 1500, heads=8, dim=64, fp4=fp4, device=device), 300, device)
+
+
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+def test_a_ragged_prefill_takes_turns(fp4: bool, turns: str, device: str) -> None:
+    problem = Ragged(*BOUNDS, 1500, heads=8, dim=64, fp4=fp4, device=device)
+    size = sm120.mqa_topk_workspace_bytes(48, 1500, 200, device=device)
+    assert size <= 48 * topk_module._LOGITS_BYTES
+    workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    chosen_of_ragged(problem, 200, device, workspace=workspace)
+
+
+@pytest.mark.parametrize("values", ["equal", "few", "NaN", "all NaN"])
+def test_pieces_break_ties_as_the_whole_does(values: str, turns: str, device: str) -> None:
+    """Equal logits across pieces, NaN that is carried while nothing else is there, and driven out later."""
+    problem = Ragged([0, 70, 600] * 16, [1500, 1500, 1490] * 16, 1500, heads=8, dim=64, device=device)
+    keys, scales = problem.kv
+    keys.view(torch.uint8).copy_(keys.view(torch.uint8)[:1].clone().expand_as(keys))
+    scales.fill_(1)
+    if values == "few":
+        scales.copy_(torch.randint(1, 4, scales.shape))
+    elif values == "all NaN":
+        scales.fill_(torch.nan)
+    elif values == "NaN":
+        scales.copy_(torch.rand(scales.shape))
+        scales[:1300] = torch.nan
+        scales[torch.randint(0, 1500, (20,))] = 1.0
+    chosen_of_ragged(problem, 200, device)
+
+
+def test_pages_and_offsets_of_pieces(turns: str, device: str) -> None:
+    problem = Ragged([0] * 48, [1500, 3, 700] * 16, 1500, heads=8, dim=64, device=device)
+    table = torch.randint(0, 1000, (48, 20), dtype=torch.int32, device=device)  # fewer than the rows are long
+    offset = torch.randint(-5, 99, (48,), dtype=torch.int32, device=device)
+    positions = poisoned(48, 200, torch.int32, device)
+    out = sm120.fp8_fp4_mqa_topk(
+        *problem.arguments(), 200, block_table=table, page=64, offset=offset, positions=positions
+    )
+    pages = table.gather(1, (positions.clamp(min=0) // 64).clamp(max=19).long())
+    places = pages * 64 + positions.clamp(min=0) % 64 + offset[:, None]
+    assert torch.equal(out, torch.where(positions < 0, -1, places))
+
+
+@given(data=st.data())
+def test_any_prefill(data: st.DataObject, device: str) -> None:
+    """Few keys a piece, any bounds."""
+    draw = data.draw
+    rows, keys, k = draw(st.integers(16, 30)), draw(st.integers(0, 1500)), draw(st.integers(1, 300))
+    bound = st.integers(-5, keys + 5)
+    starts, ends = (draw(st.lists(bound, min_size=rows, max_size=rows)) for _ in range(2))
+    problem = Ragged(starts, ends, keys, heads=8, dim=64, fp4=draw(st.booleans()), device=device)
+    with pytest.MonkeyPatch.context() as patch, recording(sanitize=draw(st.booleans())):
+        patch.setattr(settings, "_num_sms", 4)
+        patch.setattr(topk_module, "_LOGITS_BYTES", 4 * (-(-k // 64) * 64 + 2 * k + 4 + draw(st.integers(1, 500))))
+        patch.setattr(topk_module, "_LEAST_ROWS", 99)
+        patch.setattr(topk_module, "_PIECE", draw(st.sampled_from([1, 32, 100])))
+        chosen_of_ragged(problem, k, device)
+
+
+def test_prefills_are_kept_within_64_KB_a_row() -> None:
+    for rows in (2 * 188, 512, 1000, 4096):
+        for columns in (1000, 16_384, 65_536, 300_000, 1_000_000):
+            for k in (1, 512, 2048):
+                for next_n in (1, 2, rows):
+                    assert sm120.mqa_topk_workspace_bytes(rows, columns, k, next_n, "cpu") <= rows * 65536
 
 
 def test_no_keys_at_all(device: str) -> None:

@@ -15,6 +15,7 @@ DIMS = {False: (32, 64, 128), True: (64, 128)}  # fp4 -> head dims
 E4M3, PACKED_E2M1 = (torch.float8_e4m3fn,), (torch.int8, torch.uint8)
 INT32, FP32, REAL = (torch.int32,), (torch.float32,), (torch.float32, torch.bfloat16)
 LARGEST_PAGE = 2**16
+LARGEST_K = 2048
 
 _ROW_BYTES = 1024  # row strides of the logits are multiples of so many bytes
 _BATCH, _NEXT_N, _ROWS, _HEADS = Open("batch"), Open("next_n"), Open("seq_len"), Open("heads")
@@ -108,9 +109,9 @@ def key_pages(kv_cache: Any, row_bytes: int, device: torch.device, multiple: int
     return page, page_stride
 
 
-def block_table(block_table: Any, rows: int, device: torch.device) -> torch.Tensor:
+def block_table(block_table: Any, rows: int, device: torch.device, other: str = "q") -> torch.Tensor:
     """`block_table`, int32 [rows, columns], of any row stride, zero too, that keeps it within 2^31 entries."""
-    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device, "q")
+    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device, other)
     table_stride, entry_stride = block_table.stride()
     if entry_stride != 1 and block_table.shape[1] > 1 or rows * table_stride >= 2**31:
         refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
@@ -148,10 +149,10 @@ def schedule(schedule_meta: Any, device: torch.device) -> int:
     return slots
 
 
-def block_lists(lists: Any, rows: int | Open, device: torch.device, block: int) -> torch.Tensor:
+def block_lists(lists: Any, rows: int | Open, device: torch.device, block: int, other: str = "") -> torch.Tensor:
     """`sparse_kv_block_indices`, int32 [rows, width], of any row stride, of blocks of `block` keys."""
     name = "sparse_kv_block_indices"
-    checks.tensor(name, lists, INT32, (rows, _WIDTH), device)
+    checks.tensor(name, lists, INT32, (rows, _WIDTH), device, other)
     rows, width = lists.shape
     row_stride, entry_stride = lists.stride()
     if width < 1 or width > 1 and entry_stride != 1 or row_stride < 0:
@@ -195,11 +196,18 @@ def key_run(
     return keys, checks.contiguous("kv scales", scales)
 
 
-def bounds(starts: Any, ends: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+def bounds(
+    starts: Any,
+    ends: Any,
+    rows: int,
+    device: torch.device,
+    names: tuple[str, str] = ("cu_seq_len_k_start", "cu_seq_len_k_end"),
+    other: str = "q",
+) -> dict[str, torch.Tensor]:
     """The bounds of each row's keys by name, contiguous int32 [rows] both."""
-    named = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
+    named = dict(zip(names, (starts, ends)))
     for name, bound in named.items():
-        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device, "q"))
+        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device, other))
     return named
 
 
@@ -218,6 +226,22 @@ def output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) 
         return out
     per_row = _ROW_BYTES // dtype.itemsize
     return torch.empty((rows, -(-columns // per_row) * per_row), dtype=dtype, device=device)[:, :columns]
+
+
+def block_max(block_max: Any, out: torch.Tensor) -> torch.Tensor | None:
+    """Where the maxima of blocks of 8 columns of the logits `out` go, fp32 [rows, ceil(columns / 8)], or None."""
+    if block_max is None:
+        return None
+    rows, columns = out.shape
+    checks.tensor("block_max", block_max, FP32, (rows, -(-columns // 8)), out.device, "out")
+    row_stride, column_stride = block_max.stride()
+    if block_max.requires_grad:
+        refuse("block_max", block_max, "a tensor that requires no grad")
+    if columns > 8 and column_stride != 1 or rows > 1 and row_stride < block_max.shape[1]:
+        refuse("block_max", block_max, "stride 1 in the last dimension and rows that do not overlap")
+    if checks.overlap(block_max, out):
+        refuse("block_max", block_max, "memory of its own; this is out's as well")
+    return block_max
 
 
 # ---- two generations of callers -------------------------------------------------------------------------------------

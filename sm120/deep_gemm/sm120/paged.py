@@ -46,6 +46,7 @@ def fp8_paged_mqa_logits(
     indices: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
+    block_max: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of FP8 queries against a paged FP8 key cache, in fp32.
 
@@ -57,7 +58,7 @@ def fp8_paged_mqa_logits(
         refuse("q", q, "e4m3; fp8_fp4_paged_mqa_logits takes FP4")
     return _paged(
         query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
-        clean_logits, torch.float32, indices, out,
+        clean_logits, torch.float32, indices, out, block_max,
     )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ def fp8_fp4_paged_mqa_logits(
     indices: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
+    block_max: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of FP8 or FP4 queries against a paged key cache.
 
@@ -96,6 +98,10 @@ def fp8_fp4_paged_mqa_logits(
     logits_dtype     float32 or bfloat16
     indices          int32 [batch]: which sequence each row belongs to (next_n is 1); the result does not depend on it
     out              a tensor of the result's shape and dtype, of any row stride, that is written and returned
+    block_max        fp32 [batch * next_n, ceil(max_context_len / 8)], of any row stride, written in the same pass: the
+                     largest logit of keys 8b to 8b + 7, those of them that the row sees; +inf for the block with its
+                     last key, the newest. NaN counts only where nothing else is in a block; blocks without keys that
+                     the row sees are not touched. The logits are those that are stored, bf16 ones too
 
     Returns [batch * next_n, max_context_len], a view whose rows are a multiple of 1024 bytes apart.
     As the eighth positional argument a tensor or None is `indices` (sgl-deep-gemm 0.2.5, vLLM).
@@ -104,13 +110,13 @@ def fp8_fp4_paged_mqa_logits(
     query = arguments.query(q, 4)
     return _paged(
         query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
-        clean_logits, logits_dtype, indices, out,
+        clean_logits, logits_dtype, indices, out, block_max,
     )  # fmt: skip
 
 
 def _paged(
     query: arguments.Query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
-    clean_logits, logits_dtype, indices, out,
+    clean_logits, logits_dtype, indices, out, block_max,
 ) -> torch.Tensor:  # fmt: skip
     fp4, values, scales, device, (batch, next_n, _, row_bytes), heads, dim = query
 
@@ -125,8 +131,12 @@ def _paged(
     if indices is not None and next_n != 1:
         refuse("q", values, "next_n = 1 where indices are given")
     out = arguments.output(out, batch * next_n, max_context_len, logits_dtype, device)
+    arguments.block_max(block_max, out)
     if out.numel() == 0:
         return out
+    if indices is not None:
+        written = {"out": out} if block_max is None else {"out": out, "block_max": block_max}
+        checks.memory({"indices": indices}, written)
 
     if debug.ON:
         pages = kv_cache.shape[0]
@@ -134,7 +144,7 @@ def _paged(
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
         few := logits.few_rows(batch, next_n, slots), logits.together(next_n) if few else 1,
-        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride),
+        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), maxima=block_max is not None,
     )  # fmt: skip
     # No key lies past what the table's columns hold, or in a cache without pages.
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0
@@ -143,6 +153,7 @@ def _paged(
         config, slots,
         query=values, query_scales=scales, weights=weights, kv_cache=kv_cache, page_stride=page_stride,
         block_table=block_table, schedule_meta=schedule_meta, context_lens=context_lens, windows=windows, out=out,
+        maxima=block_max,
     )  # fmt: skip
     if clean_logits:
         clean.clean(out, windows, {"context_lens": context_lens})

@@ -42,6 +42,7 @@ def fp8_mqa_logits(
     max_seqlen_k: int = 0,
     *,
     out: torch.Tensor | None = None,
+    block_max: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of FP8 queries against one run of FP8 keys, in fp32.
 
@@ -51,7 +52,7 @@ def fp8_mqa_logits(
     query = arguments.query(q, 3)
     if query.fp4:
         refuse("q", q, "e4m3; fp8_fp4_mqa_logits takes FP4")
-    return _ragged(query, kv, weights, ks, ke, clean_logits, max_seqlen_k, torch.float32, out)
+    return _ragged(query, kv, weights, ks, ke, clean_logits, max_seqlen_k, torch.float32, out, block_max)
 
 
 @_bounds_by_either_name
@@ -67,6 +68,7 @@ def fp8_fp4_mqa_logits(
     schedule_meta: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
+    block_max: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of FP8 or FP4 queries against one run of keys, of which row i sees [start[i], end[i]).
 
@@ -82,6 +84,9 @@ def fp8_fp4_mqa_logits(
     logits_dtype        float32 or bfloat16
     schedule_meta       taken for the callers' sake; the grid follows from the shapes
     out                 a tensor of the result's shape and dtype, of any row stride, that is written and returned
+    block_max           fp32 [seq_len, ceil(columns / 8)], as in `fp8_fp4_paged_mqa_logits`: column b is keys 8b to
+                        8b + 7 of the run; with max_seqlen_k column 0 is the block with the row's first key, start[i]
+                        is taken for a multiple of 8, and blocks past the last column are left out
 
     Returns [seq_len, seq_len_kv], or [seq_len, max_seqlen_k], a view whose rows are a multiple of 1024 bytes apart.
     As the sixth positional argument an int is `max_seqlen_k`, and `schedule_meta` follows (sgl-deep-gemm 0.2.5, vLLM).
@@ -91,12 +96,13 @@ def fp8_fp4_mqa_logits(
     clean_logits, max_seqlen_k = arguments.of_either_generation_ragged(clean_logits, max_seqlen_k)
     query = arguments.query(q, 3)
     return _ragged(
-        query, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype, out
-    )
+        query, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype, out,
+        block_max,
+    )  # fmt: skip
 
 
 def _ragged(
-    query: arguments.Query, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out
+    query: arguments.Query, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out, block_max
 ) -> torch.Tensor:
     fp4, values, scales, device, (rows, _, row_bytes), heads, dim = query
 
@@ -106,20 +112,22 @@ def _ragged(
     checks.boolean("clean_logits", clean_logits)
     checks.integer("max_seqlen_k", max_seqlen_k)
     out = arguments.output(out, rows, max_seqlen_k or keys.shape[0], logits_dtype, device)
+    arguments.block_max(block_max, out)
     if out.numel() == 0:
         return out
 
     if debug.ON:
-        debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k)
+        block = 1 if block_max is None else 8
+        debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k, block=block)
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype,
-        alignment=logits.alignment(values.data_ptr(), keys.data_ptr()),
+        alignment=logits.alignment(values.data_ptr(), keys.data_ptr()), maxima=block_max is not None,
     )  # fmt: skip
     windows = windows_of_bounds(starts, ends, keys.shape[0])
     logits.ragged(
         config, sms_to_use(device), max_seqlen_k,
         query=values, query_scales=scales, weights=weights, keys=keys, key_scales=key_scales,
-        bounds=bounds, windows=windows, out=out,
+        bounds=bounds, windows=windows, out=out, maxima=block_max,
     )  # fmt: skip
     if clean_logits:
         clean.clean(out, windows, bounds, compressed=max_seqlen_k > 0)

@@ -93,6 +93,25 @@ def ragged_logits(
     return out
 
 
+def block_max(
+    logits: torch.Tensor, starts: list[int], ends: list[int], compressed: bool = False, block: int = 8
+) -> torch.Tensor:
+    """Float64 [rows, ceil(columns / block)]: the maxima that the logits functions store beside logits [rows, columns]
+    of keys [start, end) of each row; -inf where nothing is written. Column n is key n, or (`compressed`) start + n."""
+    rows, columns = logits.shape
+    out = torch.full((rows, -(-columns // block)), -torch.inf, dtype=torch.float64)
+    for row, (start, end) in enumerate(zip(starts, ends)):
+        first = start // block if compressed else 0
+        for b in range(start // block, -(-end // block) if start < end else 0):
+            keys = range(max(start, b * block), min(end, (b + 1) * block))
+            values = [logits[row, key - start if compressed else key].item() for key in keys]
+            numbers = [value for value in values if value == value]
+            if b - first < out.shape[1]:
+                largest = max(numbers) if numbers else torch.nan
+                out[row, b - first] = torch.inf if end <= (b + 1) * block else largest
+    return out
+
+
 def listed_positions(lists: torch.Tensor, lengths: torch.Tensor, block: int) -> torch.Tensor:
     """int64 [rows, width * block]: i * block + o for key o of each block i; -1 for entries that do not count."""
     entries = torch.arange(lists.shape[1], device=lists.device)

@@ -7,26 +7,28 @@ takes longer, and gives the same. The order within a row is not promised; two ru
 Every error is an ArgumentError, which is a RuntimeError, raised before anything is launched or written.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import arguments, checks
+from . import arguments, checks, debug
+from .arguments import LARGEST_K
 from .checks import Open, refuse
-from .kernels import metadata
+from .kernels import carry, listed_columns, metadata, sparse
 from .kernels import topk as kernels
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
 from .paged import fp8_fp4_paged_mqa_logits
 from .ragged import fp8_fp4_mqa_logits
 from .settings import sms_to_use
+from .sparse import fp8_fp4_paged_sparse_mqa_logits
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
-LARGEST_K = 2048
-
-_LOGITS_BYTES = 2**16  # of a row on average, that a prefill keeps for a while
-_LEAST_ROWS = 16  # that it scores at once all the same
+_LOGITS_BYTES = 2**16  # of a row on average, that a prefill keeps for a while, and what goes with them
+_LEAST_ROWS = 256  # that it scores at once if it takes all of their keys
+_PIECE = 256  # keys: what a piece has a multiple of, at least
 
 
 def topk(
@@ -70,7 +72,7 @@ def topk(
     rows, columns = logits.shape
     if columns > 1 and logits.stride()[1] != 1:
         refuse("logits", logits, "stride 1 in the last dimension")
-    checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device))
+    checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device, "logits"))
     checks.integer("k", k, 1, LARGEST_K)
     if starts is not None:
         checks.contiguous("starts", checks.tensor("starts", starts, _INT32, (rows,), device))
@@ -79,14 +81,18 @@ def topk(
     if rows == 0:
         return out
 
+    if debug.ON:
+        debug.choice(lengths, starts, block_table, offset, name="lengths", columns=columns, page=page)
     config, parts = kernels.configure(logits.dtype, k, rows, columns, sms_to_use(device))
+    workspace = _workspace(workspace, kernels.workspace_bytes(config, rows, parts), device)
+    inputs = {"logits": logits, "lengths": lengths, "starts": starts, "block_table": block_table, "offset": offset}
+    _memory(inputs, out=out, positions=positions, scores=scores, workspace=workspace)
     starts_pointer = None if starts is None else starts.data_ptr()
     kernels.topk(
         config, parts,
         logits=logits, windows=Windows(starts_pointer, lengths.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
         bounds={"lengths": lengths, "starts": starts}, k=k, page=page, block_table=block_table, offset=offset,
-        workspace=_workspace(workspace, kernels.workspace_bytes(config, rows, parts), device),
-        out=out, positions=positions, scores=scores,
+        workspace=workspace, out=out, positions=positions, scores=scores,
     )  # fmt: skip
     return out
 
@@ -127,9 +133,7 @@ def candidate_blocks(
     rows, columns = block_max.shape
     if columns > 1 and block_max.stride()[1] != 1:
         refuse("block_max", block_max, "stride 1 in the last dimension")
-    if not isinstance(context_lens, torch.Tensor) or context_lens.numel() != rows:
-        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements")
-    checks.contiguous("context_lens", checks.tensor("context_lens", context_lens, _INT32, context_lens.shape, device))
+    _lengths_of_rows(context_lens, rows, device)
     checks.integer("width", width, 1, LARGEST_K)
     checks.integer("block", block, 1, 2**16)
     if checks.integer("page", page, 1) % block:
@@ -145,13 +149,18 @@ def candidate_blocks(
     if rows == 0:
         return out
 
+    if debug.ON:
+        lens = context_lens, None, block_table, None
+        debug.choice(*lens, name="context_lens", columns=columns, page=page, unit=block)
     config, parts = kernels.configure(torch.float32, width, rows, columns, sms_to_use(device), ascending=True)
+    workspace = _workspace(workspace, kernels.workspace_bytes(config, rows, parts), device)
+    inputs = {"block_max": block_max, "context_lens": context_lens, "block_table": block_table}
+    _memory(inputs, out=out, pages=pages, workspace=workspace)
     kernels.topk(
         config, parts,
         logits=block_max, windows=Windows(None, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
         bounds={"context_lens": context_lens}, k=width, page=page // block if pages is not None else 1,
-        block_table=block_table, offset=None,
-        workspace=_workspace(workspace, kernels.workspace_bytes(config, rows, parts), device),
+        block_table=block_table, offset=None, workspace=workspace,
         out=out if pages is None else pages, positions=None if pages is None else out, scores=None,
         unit=block, nowhere=2**31 - 1,
     )  # fmt: skip
@@ -185,8 +194,8 @@ def fp8_fp4_paged_mqa_topk(
     workspace                        uint8, contiguous, of at least `mqa_topk_workspace_bytes(...)` bytes, aligned to
                                      16; its content does not matter
 
-    Returns int32 [batch * next_n, k]. Rows by the hundred are a prefill, which is scored some rows at a time: logits
-    that are there at once take 64 KB a row on average (or they are 16 rows'), however long the rows are.
+    Returns int32 [batch * next_n, k]. Rows by the hundred are a prefill: what is kept of it takes 64 KB a row at most,
+    however long the rows are. It is scored some rows at a time, or some keys: the best so far are carried along.
     """
     query = arguments.query(q, 4)
     device, (batch, next_n) = query.device, query.shape[:2]
@@ -201,29 +210,44 @@ def fp8_fp4_paged_mqa_topk(
     arguments.block_table(block_table, batch, device)
     arguments.schedule(schedule_meta, device)
     arguments.indices(indices, context_lens)
-    num_sms = sms_to_use(device)
-    plan = _Plan(rows, next_n, max_context_len, k, num_sms)
+    plan = _plan(rows, next_n, max_context_len, k, page, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
+    inputs = {"context_lens": context_lens, "block_table": block_table, "indices": indices, "weights": weights}
+    scored = {"q": query.values, "q scales": query.scales, "kv_cache": kv_cache, "schedule_meta": schedule_meta}
+    _memory({**scored, **inputs}, out=out, positions=positions, scores=scores, workspace=workspace)
     if rows == 0:
         return out
+    if debug.ON:
+        pages = kv_cache.shape[0]
+        debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
 
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0  # as in the logits
-    for first, until in plan.turns():
-        of, tokens = slice(first // next_n, until // next_n), slice(first, until)
-        lens, table, schedule = _cut(context_lens, of), _cut(block_table, of), schedule_meta
-        if until - first < rows:
+
+    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor) -> None:
+        of, schedule = slice(rows.start // next_n, rows.stop // next_n), schedule_meta
+        table = _cut(block_table, of)
+        if keys.start:
+            table = table[:, keys.start // page :]
+        if lens is not context_lens:
             schedule = torch.empty_like(schedule_meta)
             metadata.plan(lens, schedule)
-        logits = plan.logits(workspace, until - first, device)
         fp8_fp4_paged_mqa_logits(
-            (_cut(query.values, of), _cut(query.scales, of)), kv_cache, _cut(weights, tokens), lens, table, schedule,
-            max_context_len, False, torch.float32, _cut(indices, of), out=logits,
+            (_cut(query.values, of), _cut(query.scales, of)), kv_cache, _cut(weights, rows), lens,
+            table, schedule, logits.shape[1], False, torch.float32, _cut(indices, of), out=logits,
         )  # fmt: skip
-        plan.choose(
-            logits, windows_of_lengths(lens, next_n, limit), {"context_lens": lens}, workspace,
-            table if translate else None, page if translate else 1, None,
-            _cut(out, tokens), _cut(positions, tokens), _cut(scores, tokens),
-        )  # fmt: skip
+
+    results = _Results(block_table if translate else None, page if translate else 1, None, out, positions, scores)
+    if isinstance(plan, _Pieces):
+        windows = windows_of_lengths(context_lens, next_n, limit)
+        for piece in plan.run(workspace, limit, windows, {"context_lens": context_lens}, results):
+            score(piece.rows, piece.keys, piece.ends.view(batch, next_n), piece.logits)
+        return out
+    for rows in plan.turns():
+        lens = _cut(context_lens, slice(rows.start // next_n, rows.stop // next_n))
+        logits = plan.logits(workspace, rows, device)
+        score(rows, slice(0, max_context_len), lens, logits)
+        windows = windows_of_lengths(lens, next_n, limit)
+        plan.choose(logits, windows, {"context_lens": lens}, workspace, results.of(rows, next_n))
     return out
 
 
@@ -251,81 +275,281 @@ def fp8_fp4_mqa_topk(
     out, positions, scores       as in `topk`
     workspace                    as in `fp8_fp4_paged_mqa_topk`
 
-    Returns int32 [seq_len, k]. Rows by the hundred are scored some at a time, as there.
+    Returns int32 [seq_len, k]. Rows by the hundred are scored some of them, or some keys, at a time, as there.
     """
     query = arguments.query(q, 3)
     device, rows = query.device, query.shape[0]
     checks.integer("k", k, 1, LARGEST_K)
     out = _results(out, positions, scores, rows, k, device)
-    keys, _ = arguments.key_run(kv, query.fp4, query.values.shape[-1], device)
+    keys, key_scales = arguments.key_run(kv, query.fp4, query.values.shape[-1], device)
     arguments.weights(weights, rows, query.heads, device)
-    arguments.bounds(ks, ke, rows, device)
+    arguments.bounds(ks, ke, rows, device, ("ks", "ke"))
     _places(block_table, page, offset, rows, device)
-    plan = _Plan(rows, 1, keys.shape[0], k, sms_to_use(device))
+    plan = _plan(rows, 1, keys.shape[0], k, 1, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
+    inputs = {"ks": ks, "ke": ke, "block_table": block_table, "offset": offset}
+    scored = {"q": query.values, "q scales": query.scales, "kv": keys, "kv scales": kv[1], "weights": weights}
+    _memory({**scored, **inputs}, out=out, positions=positions, scores=scores, workspace=workspace)
     if rows == 0:
         return out
+    if debug.ON:
+        debug.ragged(ks, ke, keys=keys.shape[0], names=("ks", "ke"))
+        debug.choice(ke - ks, None, block_table, offset, name="ke - ks", columns=keys.shape[0], page=page)
 
-    for first, until in plan.turns():
-        of = slice(first, until)
-        starts, ends = _cut(ks, of), _cut(ke, of)
-        logits = plan.logits(workspace, until - first, device)
-        fp8_fp4_mqa_logits(
-            (_cut(query.values, of), _cut(query.scales, of)), kv, _cut(weights, of), starts, ends, out=logits
-        )
-        plan.choose(
-            logits, windows_of_bounds(starts, ends, keys.shape[0]), {"ks": starts, "ke": ends}, workspace,
-            _cut(block_table, of), page, _cut(offset, of), _cut(out, of), _cut(positions, of), _cut(scores, of),
-        )  # fmt: skip
+    def score(rows: slice, of: slice, starts: torch.Tensor, ends: torch.Tensor, logits: torch.Tensor) -> None:
+        queries = _cut(query.values, rows), _cut(query.scales, rows)
+        run = _cut(keys, of), _cut(key_scales, of)
+        fp8_fp4_mqa_logits(queries, run, _cut(weights, rows), starts, ends, out=logits)
+
+    results = _Results(block_table, page, offset, out, positions, scores)
+    if isinstance(plan, _Pieces):
+        windows = windows_of_bounds(ks, ke, keys.shape[0])
+        for piece in plan.run(workspace, keys.shape[0], windows, {"ks": ks, "ke": ke}, results):
+            score(piece.rows, piece.keys, piece.starts, piece.ends, piece.logits)
+        return out
+    for rows in plan.turns():
+        starts, ends = _cut(ks, rows), _cut(ke, rows)
+        logits = plan.logits(workspace, rows, device)
+        score(rows, slice(0, keys.shape[0]), starts, ends, logits)
+        windows = windows_of_bounds(starts, ends, keys.shape[0])
+        plan.choose(logits, windows, {"ks": starts, "ke": ends}, workspace, results.of(rows))
     return out
 
 
-def mqa_topk_workspace_bytes(
-    rows: int, columns: int, k: int, next_n: int = 1, device: torch.device | str | None = None
+def fp8_fp4_paged_sparse_mqa_topk(
+    q: arguments.Pair,
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    metadata: torch.Tensor,
+    num_max_sparse_blocks: int,
+    sparse_block_kv: int,
+    sparse_kv_block_indices: torch.Tensor,
+    context_lens: torch.Tensor,
+    k: int,
+    *,
+    translate: bool = False,
+    out: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The keys that each query token attends to, out of its candidates: `topk` of what
+    `fp8_fp4_paged_sparse_mqa_logits` gives, each column taken back to the key that it is the logit of.
+
+    q ... sparse_block_kv    as in `fp8_fp4_paged_sparse_mqa_logits`
+    sparse_kv_block_indices  int32 [rows, num_max_sparse_blocks], any row stride: what the metadata were made from, each
+                             list ascending, as `candidate_blocks` makes them
+    context_lens             int32, `rows` elements of any rank, contiguous: the length of each row
+    k                        1 to 2,048
+    translate                places in the cache instead of positions: block_table[row, p // page_kv] * page_kv
+                             + p % page_kv for position p, out of the metadata
+    out, scores              as in `topk`; the logits are bf16
+    workspace                uint8, contiguous, of at least `sparse_mqa_topk_workspace_bytes(...)` bytes, aligned to 16;
+                             its content does not matter
+
+    Returns int32 [rows, k], -1 past the row's candidates. Of equal logits those of smaller columns are chosen, which
+    are smaller positions. Tokens at or past the length in the block with the row's last key are not chosen. Each entry
+    of a list stands for itself: a block listed twice may be chosen twice, unless it is the last one and not full, which
+    ends the list. (So it does where a list does not ascend: what comes after it is not looked at.)
+    """
+    query = arguments.mx_query(q, 4)
+    device, rows = query.device, query.shape[0]
+    block = arguments.sparse_block(sparse_block_kv)
+    page, _ = arguments.key_pages(kv_cache, query.shape[-1], device, block)
+    arguments.weights(weights, rows, query.heads, device)
+    width = checks.integer("num_max_sparse_blocks", num_max_sparse_blocks, 1, (2**31 - 1) // block)
+    arguments.sparse_metadata(metadata, sparse.size(rows, width), device)
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block, "q")
+    if lists.shape[1] != width:
+        refuse("sparse_kv_block_indices", lists, f"lists of num_max_sparse_blocks = {width} blocks")
+    _lengths_of_rows(context_lens, rows, device, "q")
+    checks.integer("k", k, 1, LARGEST_K)
+    checks.boolean("translate", translate)
+    out = _results(out, None, scores, rows, k, device)
+    plan = _Sparse(rows, width * block, k, sms_to_use(device))
+    workspace = _workspace(workspace, plan.bytes, device)
+    inputs = {"q": query.values, "q scales": query.scales, "kv_cache": kv_cache, "weights": weights}
+    listed = {"metadata": metadata, "sparse_kv_block_indices": lists, "context_lens": context_lens}
+    _memory({**inputs, **listed}, out=out, scores=scores, workspace=workspace)
+    if rows == 0:
+        return out
+    if debug.ON:
+        lens = context_lens.view(-1)
+        debug.lists(lists, torch.zeros_like(lens), lens, block=block)
+        debug.ascending(lists, context_lens.view(-1), block=block)
+
+    logits, columns, rest = plan.parts_of(workspace)
+    fp8_fp4_paged_sparse_mqa_logits(q, kv_cache, weights, metadata, width, block, out=logits)
+    limit = NO_LIMIT if kv_cache.shape[0] else 0
+    listed_columns.count_columns(lists, context_lens, block, limit, columns)
+    kernels.topk(
+        plan.config, plan.parts,
+        logits=logits, windows=Windows(None, columns.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
+        bounds={"columns": columns}, k=k, page=block,
+        block_table=sparse.places(metadata, rows, width) if translate else lists, offset=None,
+        workspace=rest, out=out, positions=None, scores=scores,
+    )  # fmt: skip
+    return out
+
+
+def sparse_mqa_topk_workspace_bytes(
+    rows: int, width: int, sparse_block_kv: int, k: int, device: torch.device | str | None = None
 ) -> int:
-    """Bytes that `fp8_fp4_paged_mqa_topk` needs for `rows` query tokens, `next_n` of a request, and a max_context_len
-    of `columns`; `fp8_fp4_mqa_topk` for `rows` tokens and `columns` keys."""
+    """Bytes that `fp8_fp4_paged_sparse_mqa_topk` needs for `rows` query tokens and lists of `width` blocks."""
+    checks.integer("rows", rows)
+    block = arguments.sparse_block(sparse_block_kv)
+    checks.integer("width", width, 1, (2**31 - 1) // block)
+    checks.integer("k", k, 1, LARGEST_K)
+    return _Sparse(rows, width * block, k, sms_to_use(_device(device))).bytes
+
+
+def mqa_topk_workspace_bytes(
+    rows: int, columns: int, k: int, next_n: int = 1, device: torch.device | str | None = None, *, page: int = 64
+) -> int:
+    """Bytes that `fp8_fp4_paged_mqa_topk` needs for `rows` query tokens, `next_n` of a request, a max_context_len of
+    `columns` and pages of `page` keys; `fp8_fp4_mqa_topk` for `rows` tokens and `columns` keys."""
     for name, value in (("rows", rows), ("columns", columns)):
         checks.integer(name, value)
     checks.integer("k", k, 1, LARGEST_K)
     checks.integer("next_n", next_n, 1)
-    return _Plan(rows, next_n, columns, k, sms_to_use(_device(device))).bytes
+    checks.integer("page", page, 1)
+    return _plan(rows, next_n, columns, k, page, sms_to_use(_device(device))).bytes
 
 
-class _Plan:
-    """How the rows of a call that scores and chooses take turns in its workspace: logits first, then `topk`'s own.
+class _Results(NamedTuple):
+    """Where a choice goes, and as what: arguments of `topk`."""
 
-    step   rows of a turn: all in a decode step; in a prefill as many as `_LOGITS_BYTES` allow, whole requests
+    block_table: torch.Tensor | None
+    page: int
+    offset: torch.Tensor | None
+    out: torch.Tensor
+    positions: torch.Tensor | None
+    scores: torch.Tensor | None
+
+    def of(self, rows: slice, next_n: int = 1) -> "_Results":
+        """Those of some rows, whole requests."""
+        requests = slice(rows.start // next_n, rows.stop // next_n)
+        cut = [_cut(tensor, rows) for tensor in (self.offset, self.out, self.positions, self.scores)]
+        return _Results(_cut(self.block_table, requests), self.page, *cut)
+
+
+def _plan(rows: int, next_n: int, columns: int, k: int, page: int, num_sms: int) -> "_Turns | _Pieces":
+    """How a call that scores and chooses goes about it. A decode step takes all at once. A prefill keeps no more than
+    `_LOGITS_BYTES` a row: rows take turns, as long as there are enough of them in each; else the keys come in pieces.
     """
+    if rows < 2 * num_sms:
+        return _Turns(rows, rows, columns, k, num_sms)
+    fit = rows * _LOGITS_BYTES // (4 * _stride(columns)) if columns else rows
+    if fit >= max(min(rows, _LEAST_ROWS), next_n):
+        return _Turns(rows, min(rows, max(1, fit // next_n) * next_n), columns, k, num_sms)
+    return _Pieces(rows, columns, k, page, num_sms)
 
-    def __init__(self, rows: int, next_n: int, columns: int, k: int, num_sms: int) -> None:
-        self.rows, self.columns, self.k = rows, columns, k
-        self.stride = -(-columns // 256) * 256
-        self.step = rows
-        if rows >= 2 * num_sms and columns:
-            fit = max(_LEAST_ROWS, rows * _LOGITS_BYTES // (4 * self.stride))
-            self.step = min(rows, max(1, fit // next_n) * next_n)
-        self.config, self.parts = kernels.configure(torch.float32, k, max(self.step, 1), columns, num_sms)
-        self.logits_bytes = 4 * self.step * self.stride
-        self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, self.step, self.parts)
 
-    def turns(self) -> Iterator[tuple[int, int]]:
+def _stride(columns: int) -> int:
+    return -(-columns // 256) * 256
+
+
+class _Turns:
+    """Rows take turns, `step` of them at a time, in a workspace for their logits; behind these is `topk`'s own."""
+
+    def __init__(self, rows: int, step: int, columns: int, k: int, num_sms: int) -> None:
+        self.rows, self.step, self.columns, self.k = rows, step, columns, k
+        self.config, self.parts = kernels.configure(torch.float32, k, max(step, 1), columns, num_sms)
+        self.logits_bytes = 4 * step * _stride(columns)
+        self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, step, self.parts)
+
+    def turns(self) -> Iterator[slice]:
         for first in range(0, self.rows, self.step):
-            yield first, min(first + self.step, self.rows)
+            yield slice(first, min(first + self.step, self.rows))
 
-    def logits(self, workspace: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
+    def logits(self, workspace: torch.Tensor | None, rows: slice, device: torch.device) -> torch.Tensor:
+        count = rows.stop - rows.start
         if not self.logits_bytes:
-            return torch.empty((rows, self.columns), dtype=torch.float32, device=device)
+            return torch.empty((count, self.columns), dtype=torch.float32, device=device)
         whole = workspace[: self.logits_bytes].view(torch.float32)
-        return whole.view(self.step, self.stride)[:rows, : self.columns]
+        return whole.view(self.step, _stride(self.columns))[:count, : self.columns]
 
-    def choose(self, logits, windows, bounds, workspace, block_table, page, offset, out, positions, scores) -> None:
+    def choose(self, logits, windows, bounds, workspace, results: _Results) -> None:
         rest = None if self.parts == 1 else workspace[self.logits_bytes :]
         kernels.topk(
             self.config, self.parts, logits=logits, windows=windows, ends_are_lengths=False, bounds=bounds, k=self.k,
-            page=page, block_table=block_table, offset=offset, workspace=rest, out=out, positions=positions,
-            scores=scores, tokens=windows.next_n,
+            workspace=rest, tokens=windows.next_n, **results._asdict(),
         )  # fmt: skip
+
+
+class _Piece(NamedTuple):
+    """Keys whose logits are wanted: of each row those from starts to ends, counted from the piece's first key."""
+
+    rows: slice
+    keys: slice
+    starts: torch.Tensor
+    ends: torch.Tensor
+    logits: torch.Tensor
+
+
+class _Pieces:
+    """All rows at once, and their keys piece by piece: the k best so far are carried from one to the next (carry.cuh).
+
+    A row of the workspace has room for those that are carried and for a piece; then come, of all rows, what was chosen
+    last, positions of the carried, and the windows of the next piece.
+    """
+
+    def __init__(self, rows: int, columns: int, k: int, page: int, num_sms: int) -> None:
+        self.rows, self.columns, self.k = rows, columns, k
+        self.front = -(-k // 64) * 64
+        room = _LOGITS_BYTES // 4 - self.front - 2 * k - 4
+        unit = math.lcm(page, _PIECE) if math.lcm(page, _PIECE) <= room else page
+        self.size = max(room // unit, 1) * unit
+        self.stride = self.front + self.size
+        self.config, self.parts = kernels.configure(torch.float32, k, rows, self.stride, num_sms, ascending=True)
+        self.own = 4 * (-(-rows * (self.stride + 2 * k + 4) // 4) * 4)
+        self.bytes = self.own + kernels.workspace_bytes(self.config, rows, self.parts)
+
+    def run(self, workspace, columns: int, windows: Windows, bounds, results: _Results) -> Iterator[_Piece]:
+        """Yields pieces; each one's logits must be there when the next one is asked for."""
+        rows, k, front = self.rows, self.k, self.front
+        words = workspace[: 4 * rows * (self.stride + 2 * k + 4)].view(torch.int32)
+        sizes = [rows * self.stride, rows * k, rows * k, rows, rows, rows, rows]
+        buffer, chosen, carried, *four = words.split(sizes)
+        buffer = buffer.view(torch.float32).view(rows, self.stride)
+        pieces = dict(zip(("starts", "ends", "firsts", "lengths"), four))
+        rest = None if self.parts == 1 else workspace[self.own :]
+        in_buffer = Windows(pieces["firsts"].data_ptr(), pieces["lengths"].data_ptr(), rows, 1, 1, NO_LIMIT)
+
+        at = until = 0
+        while True:
+            next = min(until + self.size, columns)
+            carry.carry(
+                at, until, next, buffer=buffer, front=front, k=k, windows=windows, bounds=bounds,
+                chosen=chosen.view(rows, k), carried=carried, pieces=pieces, **results._asdict(),
+            )  # fmt: skip
+            if next == until:
+                return
+            at, until = until, next
+            width = until - at
+            logits = buffer[:, front : front + width]
+            yield _Piece(slice(0, rows), slice(at, until), pieces["starts"], pieces["ends"], logits)
+            kernels.topk(
+                self.config, self.parts, logits=buffer[:, : front + width], windows=in_buffer, ends_are_lengths=True,
+                bounds={name: pieces[name] for name in ("firsts", "lengths")}, k=k, page=1, block_table=None,
+                offset=None, workspace=rest, out=chosen.view(rows, k), positions=None, scores=None,
+            )  # fmt: skip
+
+
+class _Sparse:
+    """The workspace of sparse logits and a choice among them: logits, columns of each row, `topk`'s own."""
+
+    def __init__(self, rows: int, columns: int, k: int, num_sms: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.stride = -(-columns // 512) * 512
+        self.config, self.parts = kernels.configure(torch.bfloat16, k, max(rows, 1), columns, num_sms)
+        self.own = 2 * rows * self.stride + -(-4 * rows // 16) * 16
+        self.bytes = self.own + kernels.workspace_bytes(self.config, rows, self.parts)
+
+    def parts_of(self, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        logits_bytes = 2 * self.rows * self.stride
+        logits = workspace[:logits_bytes].view(torch.bfloat16).view(self.rows, self.stride)[:, : self.columns]
+        columns = workspace[logits_bytes : logits_bytes + 4 * self.rows].view(torch.int32)
+        return logits, columns, None if self.parts == 1 else workspace[self.own :]
 
 
 def topk_workspace_bytes(
@@ -359,6 +583,12 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device(device)
 
 
+def _lengths_of_rows(context_lens: Any, rows: int, device: torch.device, other: str = "block_max") -> None:
+    if not isinstance(context_lens, torch.Tensor) or context_lens.numel() != rows:
+        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements to match {other}")
+    checks.contiguous("context_lens", checks.tensor("context_lens", context_lens, _INT32, context_lens.shape, device))
+
+
 def _places(block_table: Any, page: Any, offset: Any, rows: int, device: torch.device) -> None:
     """What becomes of positions."""
     checks.integer("page", page, 1)
@@ -384,7 +614,9 @@ def _results(out: Any, positions: Any, scores: Any, rows: int, k: int, device: t
 def _result(argument: str, value: Any, dtype: torch.dtype, rows: int, k: int, device: torch.device) -> torch.Tensor:
     if value is None:
         return torch.empty((rows, k), dtype=dtype, device=device)
-    checks.tensor(argument, value, (dtype,), (rows, k), device)
+    checks.tensor(argument, value, (dtype,), (rows, k), device, "the rows of q, or of what is chosen from")
+    if value.requires_grad:
+        refuse(argument, value, "a tensor that requires no grad")
     row_stride, column_stride = value.stride()
     if k > 1 and column_stride != 1 or rows > 1 and row_stride < k:
         refuse(argument, value, "stride 1 in the last dimension and rows that do not overlap")
@@ -398,3 +630,8 @@ def _workspace(workspace: Any, size: int, device: torch.device) -> torch.Tensor 
     if workspace.shape[0] < size or workspace.data_ptr() % 16:
         refuse("workspace", workspace, f"at least {size} bytes, aligned to 16")
     return workspace
+
+
+def _memory(inputs: dict[str, torch.Tensor | None], **outputs: torch.Tensor | None) -> None:
+    """`checks.memory` of all that a call is given, by the names that its caller has for it."""
+    checks.memory(inputs, {name: output for name, output in outputs.items() if output is not None})

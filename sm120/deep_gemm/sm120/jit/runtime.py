@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache as once
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,17 +69,19 @@ def launch(
     inputs: Mapping[str, torch.Tensor | None],
     outputs: Mapping[str, torch.Tensor],
     checked: bool = False,
+    updated: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """Starts `kernel` on the current stream of `device`.
 
-    `inputs` and `outputs` are the tensors that the pointers in `parameters` point into; in the emulator every access is
-    checked against them, and their names stand in its errors. Refuses (ArgumentError) misaligned tensors, and outputs
-    that share memory with an input, unless a launch of the same call has `checked` these.
+    `inputs` and `outputs` are the tensors that the pointers in `parameters` point into, and `updated` those that are
+    read and written; in the emulator every access is checked against them, and their names stand in its errors.
+    Refuses (ArgumentError) misaligned tensors, and outputs that share memory with an input, unless a launch of the same
+    call has `checked` these.
     """
     if not checked:
-        checks.memory(inputs, outputs)
+        checks.memory(inputs, {**outputs, **updated} if updated else outputs)
     if _is_cpu(device):
-        _emulate(kernel, grid, parameters, inputs, outputs)
+        _emulate(kernel, grid, parameters, inputs, outputs, updated)
     else:
         _launch_on_gpu(kernel, device.index, _current_stream(device.index), grid, parameters)
 
@@ -94,11 +97,12 @@ def load(kernel: Kernel, device: torch.device) -> None:
 # ---- the CPU --------------------------------------------------------------------------------------------------------
 
 
-def _emulate(kernel, grid, parameters, inputs, outputs) -> None:
+def _emulate(kernel, grid, parameters, inputs, outputs, updated) -> None:
     from ..emulator import Buffer
 
     buffers = [Buffer.of(tensor, name, writable=False) for name, tensor in inputs.items() if tensor is not None]
     buffers += [Buffer.of(tensor, name, unwritten=True) for name, tensor in outputs.items()]
+    buffers += [Buffer.of(tensor, name) for name, tensor in updated.items()]
     _emulated(kernel).launch(kernel.name, (*grid, 1), (kernel.threads, 1, 1), bytes(parameters), buffers)
 
 

@@ -51,6 +51,7 @@ __device__ inline uint32 load_half(const void* address) {
 struct bf16 {
     uint16 bits;
     __device__ explicit bf16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ explicit operator float() const { return __uint_as_float(uint32(bits) << 16); }
 };
 
 // 9.7.9.22 cvt.rz.f16x2: two numbers, towards zero; and back.

@@ -1,4 +1,4 @@
-// What becomes of a tile's logits: they are stored.
+// What becomes of a tile's logits: they are stored, and, where they are wanted, so are the maxima of blocks of eight.
 #pragma once
 
 #include "ptx.cuh"
@@ -7,11 +7,15 @@
 struct Output {
     uint8* logits;               // [tokens][stride]
     int64 stride;                // elements
+    float* maxima;               // [tokens][maxima_stride]                             WithMaxima
+    int64 maxima_stride;         // elements
+    int blocks;                  // columns of the maxima
 };
 
 constexpr uint32 kNoKey = 0xffffffff;
 
 // One token's row. `take` is called by all lanes of a warp, each with a key of its own; keys outside the window are dropped.
+// The keys of a block of eight are with lanes 1, 2 and kApart apart.
 template <class Logit>
 struct Stored {
     Logit* row;                  // column of key 0
@@ -23,8 +27,48 @@ struct Stored {
         row = reinterpret_cast<Logit*>(p.logits) + token * p.stride + (compressed ? 0 : window.begin);
     }
 
+    template <int kApart>
     __device__ void take(uint32 key, float logit) const {
         const uint32 n = key - begin;        // keys before the window wrap around
         if (n < count) row[n] = Logit(logit);
+    }
+};
+
+// Instead of the type of the logits: of that type, and with the maxima of blocks. Block b is keys 8b to 8b + 7, those of them
+// that the window has. Its maximum is that of the logits as they are stored, NaN left out where there is something else; of
+// the block with the window's last key it is +inf. Compressed: column 0 is the block with the window's first key.
+template <class Logit>
+struct WithMaxima;
+
+template <class Logit>
+struct Stored<WithMaxima<Logit>> : Stored<Logit> {
+    using Stored<Logit>::begin, Stored<Logit>::count;
+    static constexpr uint32 kBlock = 8;
+
+    const Output* output;        // the parameters: no register is spent on what they say
+    int token, first;            // first: the block of column 0
+
+    __device__ void open(const Output& p, int token, Window window, bool compressed) {
+        Stored<Logit>::open(p, token, window, compressed);
+        output = &p;
+        this->token = token;
+        first = compressed ? begin / kBlock : 0;
+    }
+
+    template <int kApart>
+    __device__ void take(uint32 key, float logit) const {
+        const bool seen = key - begin < count;
+        const Logit stored(logit);
+        if (seen) this->row[key - begin] = stored;
+        float most = seen ? float(stored) : __int_as_float(0x7fffffff);
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, kApart));
+        // The lane with a block's first key stores, if the window has any of its keys.
+        const uint32 last = begin + count - 1, column = key / kBlock - first;
+        if (key % kBlock == 0 && key + (kBlock - 1) >= begin && key <= last && count > 0 && column < output->blocks) {
+            if (key / kBlock == last / kBlock) most = __int_as_float(0x7f800000);
+            output->maxima[token * output->maxima_stride + column] = most;
+        }
     }
 };

@@ -83,7 +83,9 @@ struct Stream {
         for (int i = 0; i < kTokens; ++i) logits[i] = Format::finish(scorer.total(sums[i], lane), next_scale);
         if constexpr (kFetch && !Format::kScaleFirst) fetch_scale<kWhole>(next);
         #pragma unroll
-        for (int i = 0; i < kTokens; ++i) sinks[i].take(tile * kTile + scorer.key_of(lane), logits[i]);
+        for (int i = 0; i < kTokens; ++i) {
+            sinks[i].template take<decltype(scorer)::kApart>(tile * kTile + scorer.key_of(lane), logits[i]);
+        }
     }
 
     __device__ void load(const Queries& queries, const int (&tokens)[kTokens]) {
@@ -125,7 +127,8 @@ struct Stream {
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const float logit = Format::finish(scorer.eight(i, words[0], next_scale, lane), next_scale);
-            sinks[i].take(lane.g < 2 ? 8 * unit + scorer.key_of_eight(lane) : kNoKey, logit);
+            const uint32 key = lane.g < 2 ? 8 * unit + scorer.key_of_eight(lane) : kNoKey;
+            sinks[i].template take<decltype(scorer)::kApartOfEight>(key, logit);
         }
     }
 };
