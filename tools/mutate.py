@@ -189,7 +189,7 @@ MUTATIONS = {
         "«max(begin, min(end, limit)) → min(end, limit)»",
         "(own ? row * next_n« + n → » : row)",
         "own ? length : max(length, 0) - (next_n -« 1 - → » n)",
-        "max(0, «min(own ? length : max(length, 0) - (next_n - 1 - n), limit) → own ? length : max(length, 0) - (next_n - 1 - n)»)",
+        "- (next_n - 1 - n), «limit → 0x7fffffff»));",
         "starts ? «max(int(ptx::load_word(starts + token)), 0) → int(ptx::load_word(starts + token))» : 0",
         "row * lengths_per_row« + i → »)",
         "return «min(longest, limit) → longest»;",
@@ -358,7 +358,7 @@ MUTATIONS = {
         "row = next_row(p, first_row« + rows → », limit, lane);",
     ],
     "sm120/kernels/ragged.cuh": [
-        "if (p.columns) window.end = min(window.end, «window.begin + p.columns → p.columns»);",
+        "if (p.columns) window.end = «window.begin + → » min(window.end - window.begin, p.columns);",
         "if (lane.id >= Group::kSize || token «>= → >» p.windows.rows) return {0, 0};",
         "empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1);",
         "from = first + piece * block + min(block, longer), to = first + piece * («block + 1 → block») + min",

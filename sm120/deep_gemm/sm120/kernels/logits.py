@@ -212,11 +212,8 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         template, run = ("SparseEights", "run") if config.eights else ("Sparse", run)
         call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
-        layout, page, header = (
-            "paged",
-            f"_p{config.page}_{rows}{f'_t{config.tokens}' if config.few_rows else ''}",
-            "paged.cuh",
-        )
+        tokens = f"_t{config.tokens}" if config.few_rows else ""
+        layout, page, header = "paged", f"_p{config.page}_{rows}{tokens}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::{run}(p);", PagedParams
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
@@ -232,10 +229,10 @@ def alignment(*places: int) -> int:
 
 
 def few_rows(rows: int, next_n: int, slots: int) -> int:
-    """Which of FEW_ROWS holds `rows`, if they are taken one by one, else 0. Rows by the hundred are a prefill: neighbours see the same keys, which should
-    leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
-    nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
-    24 Nov 2026.)"""
+    """Which of FEW_ROWS holds `rows`, if they are taken one by one, else 0. Rows by the hundred are a prefill, whose
+    neighbours see the same keys, which should leave L2 once. Fewer rows than slots, or not many more, are a decode
+    step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8 at once
+    costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)"""
     if next_n > FEW_TOKENS:
         return 0
     if rows >= slots and (rows <= FEW_ROWS[1] or rows >= 2 * slots or rows * next_n > 6 * slots):
