@@ -279,9 +279,9 @@ MUTATIONS = {
         "ends[«lane % kWarps → 0»]);",
     ],
     "sm120/kernels/keys.cuh": [
-        "«min((tile + lane.id * step) * kTile + half * kTile / 2, last_key) → tile * kTile + half * kTile / 2»;",
-        "(tile + lane.id * step) * kTile + «half → 0» * kTile / 2, last_key);",
-        "(tile + lane.id« * step → ») * kTile + half",
+        "«min(tile * kTile + lane.id * step * kTile + half * kTile / 2, last_key) → tile * kTile + half * kTile / 2»;",
+        "lane.id * step * kTile + «half → 0» * kTile / 2, last_key);",
+        "lane.id« * step → » * kTile + half",
         "if (turn == «32 → 33») open(tile, step, p->columns",
         "open(tile, step, p->columns * kPage« - 1 → », lane);",
         "ahead.halves[half] = «min → max»(ptx::load_word(p->block_table",
@@ -392,7 +392,7 @@ MUTATIONS = {
         "if (kPage) place = «min(place, p.keys.places - 1) → place»;",
         "if (warp < kHeads / 8« → - 1») {",
         "«__syncthreads(); → »",
-        "sink.take(«lane.g < 2 → lane.g < 1» ?",
+        "sink.template take<Scorer::kApartOfEight>(«lane.g < 2 → lane.g < 1» ?",
     ],
     "sm120/kernels/metadata.py": [
         "limit = min(NO_LIMIT« - 255 → », NO_LIMIT",
