@@ -70,9 +70,9 @@ def plan() -> list[Case]:
     k = 1 << 10
     cases = [Case(rows, 64 * k) for rows in (1, 4, 16, 64, 128, 256)]
     cases += [Case(rows, 64 * k, True, ragged=ragged) for ragged in (False, True) for rows in (1024, 4096)]
-    return cases + [Case(rows, keys * k, False, True) for rows in (1, 16) for keys in (32, 128)] + [
-        Case(1024, keys * k, True, True) for keys in (32, 128)
-    ]  # fmt: skip
+    dense = ((1, 32), (1, 128), (1, 256), (16, 32), (16, 128))
+    cases += [Case(rows, keys * k, dense=True) for rows, keys in dense]
+    return cases + [Case(1024, keys * k, True, True) for keys in (32, 128)]
 
 
 # ---- the peer -------------------------------------------------------------------------------------------------------
