@@ -5,6 +5,7 @@
 # make bench    times on a card from SM89 up, into bench-<card>-<date>/ (ARGS="--quick")
 # make silicon  ours beside NVIDIA's SM120 kernels, on SM120 or, with the MMA of both replaced, an H100
 # make silicon-sparse  the same for sparse logits
+# make silicon-step    the same for the whole indexer step, logits and top-k
 # make report   docs/performance/: our kernels counted and modelled, beside NVIDIA's, which it fetches
 # make wheel    the wheel, into dist/
 # make lint     the style check
@@ -22,7 +23,7 @@ KIND := $(if $(filter none,$(DG_UPSTREAM)),lean,full)
 SOURCES := setup.py pyproject.toml upstream.txt LICENSE NOTICE $(wildcard README.md) \
 	$(shell find sm120 -name __pycache__ -prune -o -print)
 
-.PHONY: demo test fuzz soak bench silicon silicon-sparse report wheel lint test-clients test-vllm test-upstream test-wheel clean
+.PHONY: demo test fuzz soak bench silicon silicon-sparse silicon-step report wheel lint test-clients test-vllm test-upstream test-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(KIND)
@@ -32,7 +33,7 @@ test: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(VENV)/.$(KIND)
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py tests/test_topk_garbage.py $(ARGS)
 
 soak: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --soak=100000 tests/test_soak.py $(ARGS)
@@ -45,6 +46,9 @@ silicon: $(VENV)/.$(KIND)
 
 silicon-sparse: $(VENV)/.$(KIND)
 	$(BIN)/python tools/evidence/silicon_sparse.py run $(ARGS)
+
+silicon-step: $(VENV)/.$(KIND)
+	$(BIN)/python tools/evidence/silicon_step.py $(ARGS)
 
 report: $(VENV)/.$(KIND)
 	$(BIN)/python tools/evidence/report.py

@@ -14,14 +14,13 @@ import os
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from problems import POISON, Paged, Ragged, check
+from problems import POISON, Paged, Ragged, Sparse, check
 
 import deep_gemm
 from deep_gemm import sm120
@@ -29,12 +28,20 @@ from deep_gemm_plugins import vllm as plugin
 
 SOURCES = (
     "_custom_ops",
+    "model_executor/kernels/attention/dsa/sparse_mqa_logits",
     "model_executor/layers/indexer_topk",
     "model_executor/layers/sparse_attn_indexer",
     "plugins/__init__",
     "utils/deep_gemm",
     "utils/import_utils",
     "utils/math_utils",
+    "v1/attention/backend",
+    "v1/attention/backends/mla/indexer",
+    "v1/attention/backends/registry",
+    "v1/attention/backends/utils",
+    "v1/kv_cache_interface",
+    "v1/kv_cache_layout",
+    "v1/kv_cache_spec_registry",
 )
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 SMS = 188  # vLLM takes the device's, not deep_gemm's
@@ -65,17 +72,11 @@ class Op:
         return lambda cls: cls
 
 
-@dataclass
-class Metadata:
-    """In the place of the indexer's metadata, with what the indexer reads of it."""
+class JitKernel:
+    """In the place of the base class of vLLM's Triton kernels, none of which is launched here."""
 
-    slot_mapping: torch.Tensor
-    num_decodes: int = 0
-    num_decode_tokens: int = 0
-    num_prefills: int = 0
-    max_seq_len: int = 0
-    decode: SimpleNamespace | None = None
-    prefill: SimpleNamespace | None = None
+    def __class_getitem__(cls, key: str) -> type:
+        return cls
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +118,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
             _encode_layer_name=str,
             _resolve_layer_name=str,
             direct_register_custom_op=lambda **_: None,
+            PIN_MEMORY=False,
+            async_tensor_h2d=None,
+            np_to_pinned_tensor=None,
+            get_dtype_size=lambda dtype: dtype.itemsize,
         ),
-        "vllm.v1.attention.backends.mla.indexer": SimpleNamespace(
-            DeepseekV32IndexerMetadata=Metadata, tp_prefill_row_sharding_supported=None
-        ),
+        "vllm.model_executor.warmup.jit_warmup_triton_helper": mock.MagicMock(VllmTritonJitKernel=JitKernel),
+        "vllm.utils.platform_utils": SimpleNamespace(num_compute_units=lambda index: SMS),
     }
     if importlib.util.find_spec("regex") is None:  # import_utils imports it
         replaced["regex"] = mock.MagicMock()
@@ -264,7 +268,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def index(loaded, monkeypatch, metadata: Metadata, problem, top: int, rows: int, **options) -> torch.Tensor:
+def planned(loaded, rows: int, **parts):
+    """The indexer's metadata of a step of so many rows."""
+    counts = dict.fromkeys(("num_decodes", "num_decode_tokens", "num_prefills", "num_prefill_tokens"), 0)
+    plan = {"seq_lens": None, "max_seq_len": 0, "slot_mapping": torch.empty(rows), **counts, **parts}
+    return loaded.indexer.DeepseekV32IndexerMetadata(**plan)
+
+
+def index(loaded, monkeypatch, metadata, problem, top: int, rows: int, **options) -> torch.Tensor:
     """What `sparse_attn_indexer` chooses, [rows, top]; the buffer is wider, as vLLM's."""
     module = loaded.sparse_attn_indexer
     context = SimpleNamespace(attn_metadata={"k": metadata}, cudagraph_runtime_mode=None)
@@ -333,11 +344,101 @@ def test_the_indexer_decodes(loaded, monkeypatch, calls, fp4: bool, next_n: int,
         global_seq_lens=None,
         indices=None,
     )
-    metadata = Metadata(torch.empty(rows), num_decodes=3, num_decode_tokens=rows, max_seq_len=702, decode=decode)
+    metadata = planned(loaded, rows, num_decodes=3, num_decode_tokens=rows, max_seq_len=702, decode=decode)
     kv_cache = problem.kv_cache.squeeze(2)
     chosen = index(loaded, monkeypatch, metadata, problem, top, rows, kv_cache=kv_cache)
     assert calls == ["topk"]
     check_choice(chosen, problem.expected())
+
+
+def v41_builder(loaded, next_n: int, columns: int):
+    """vLLM's own builder of an indexer's metadata, for DeepSeek-V4.1 as it is configured on an SM120 card."""
+    backend = loaded.indexer.DeepseekV41IndexerBackend
+    (page,) = backend.get_supported_kernel_block_sizes()
+    drafts = SimpleNamespace(num_speculative_tokens=next_n - 1, enable_adaptive_verification=False)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=8),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            tensor_parallel_size=1,
+            prefill_context_parallel_size=1,
+            cp_kv_cache_interleave_size=1,
+        ),
+        attention_config=SimpleNamespace(
+            resolve_indexer_kv_dtype=lambda default: default, sparse_mla_prefill_workspace_factor=5
+        ),
+        model_config=SimpleNamespace(max_model_len=1024),
+        speculative_config=drafts if next_n > 1 else None,
+        num_speculative_tokens=next_n - 1,
+    )
+    spec = loaded.kv_cache_interface.MLAAttentionSpec(
+        block_size=page, num_kv_heads=1, head_size=132, dtype=torch.uint8, tokens_per_state=1, alignment=512
+    )
+    builder = backend.get_builder_cls()(spec, ["k"], config, torch.device("cpu"), block_table_width=columns)
+    assert builder.kv_cache_spec.num_states == page == 128 and not builder.supports_varlen
+    return builder
+
+
+@pytest.mark.parametrize(
+    ("next_n", "tokens"),
+    [(1, [1, 1, 1, 1]), (2, [2, 2, 2, 2]), (3, [3, 1, 2, 1])],
+    ids=["1", "2", "flattened"],
+)
+def test_v41_s_own_builder_plans_a_decode_step(loaded, monkeypatch, calls, next_n: int, tokens: list[int]) -> None:
+    """DeepSeek-V4.1 in vLLM's default way, dense logits: pages of 128 keys, 32 heads. What it hands to the indexer is
+    all its builder's, the schedule included."""
+    requests, rows, lengths = len(tokens), sum(tokens), [700, 40, 129, 256]
+    rows_lengths = [[length - count + 1 + i] for length, count in zip(lengths, tokens) for i in range(count)]
+    problem = Paged(rows_lengths, heads=32, block_kv=128, padding=128 * 12, max_context_len=1024)
+    of_request = torch.repeat_interleave(torch.arange(requests), torch.tensor(tokens))
+    table = torch.zeros((requests, problem.block_table.shape[1]), dtype=torch.int32)
+    table[of_request] = problem.block_table  # rows of a request share the pages of the last
+    problem.block_table = table[of_request]
+    common = loaded.backend.CommonAttentionMetadata(
+        query_start_loc=(starts := torch.tensor([0, *tokens], dtype=torch.int32).cumsum(0).int()),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=requests,
+        num_actual_tokens=rows,
+        max_query_len=max(tokens),
+        max_seq_len=max(lengths),
+        block_table_tensor=table,
+        slot_mapping=torch.empty(rows, dtype=torch.int64),
+    )
+    metadata = v41_builder(loaded, next_n, table.shape[1]).build(0, common)
+    assert metadata.num_decode_tokens == rows and metadata.decode.schedule_metadata.shape[1] == 2
+    chosen = index(loaded, monkeypatch, metadata, problem, 64, rows, kv_cache=problem.kv_cache.squeeze(2))
+    assert calls == ["topk"]
+    check_choice(chosen, problem.expected())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 190])
+@pytest.mark.parametrize("paged", [True, False], ids=["decode", "prefill"])
+def test_v41_s_sparse_way(loaded, monkeypatch, paged: bool, rows: int) -> None:
+    """vLLM's own two functions of its sparse way, which is closed to SM120, but for their Triton kernels before and
+    after the logits. Two layers: the second is handed the first one's metadata."""
+    module, given = loaded.sparse_mqa_logits, []
+    lengths, starts = ([700, 0, 64, 33, 255] * 38)[:rows], ([3, 17, 5, 70, 8] * 38)[:rows]
+    layout = {"block_kv": 128, "padding": 256 - 128 * 68 % 256} if paged else {"block_kv": 0, "starts": starts}
+    problem = Sparse(lengths, width=32, tail="last", unaligned=not paged, **layout)
+    expand = mock.MagicMock(side_effect=lambda *_, out: out[0].copy_(problem.lists))
+    monkeypatch.setattr(module, "candidate_blocks_to_sparse_indices", expand)
+    monkeypatch.setattr(module, "sparse_topk_remap", lambda logits, *_, **__: given.append(logits))
+    ids = torch.arange(rows, dtype=torch.int32)
+    own = {"sparse_indices": torch.zeros_like(problem.lists), "end": torch.zeros_like(ids), "col_indices": None}
+    seen = (torch.empty(0), 8, 8, 16, torch.empty(0))  # candidates, which are the lists already, their sizes, top-k
+    metadata = None
+    for _ in range(2):
+        if paged:
+            where = (problem.kv_cache, problem.weights, problem.context_lens, problem.block_table, ids)
+            function, more = module.sparse_mqa_logits_paged_decode, {"row_ks": torch.zeros_like(ids)}
+        else:
+            where = (*problem.kv, problem.weights, problem.ks, problem.ke)
+            function, more = module.sparse_mqa_logits_prefill_chunk, {}
+        metadata = function(*problem.q, *where, *seen, **own, **more, kernel_metadata=metadata)
+    assert expand.call_count == 1 and len(given) == 2
+    for logits in given:
+        inside(logits, problem.expected())
 
 
 @FORMATS
@@ -365,7 +466,7 @@ def test_the_indexer_prefills(loaded, monkeypatch, calls, fp4: bool) -> None:
         for start, end in ((0, 2), (2, 5))
     ]
     prefill = SimpleNamespace(chunks=chunks, row_shard_sizes=None)
-    metadata = Metadata(torch.empty(5), num_prefills=2, prefill=prefill)
+    metadata = planned(loaded, 5, num_prefills=2, prefill=prefill)
     chosen = index(loaded, monkeypatch, metadata, problem, 16, 5)
     assert calls == ["topk", "topk"]
     check_choice(chosen, problem.expected(90))

@@ -5,6 +5,7 @@ python tests/soak.py 100000 cpu     launches end in the driver's stand-in, which
 """
 
 import collections
+import copy
 import gc
 import json
 import random
@@ -17,9 +18,10 @@ if __name__ == "__main__":  # before what it brings
     sys.path.insert(1, str(Path(__file__).parent.parent / "sm120"))
 
 import torch
-from problems import Paged, Ragged
+from problems import Paged, Ragged, Sparse
 
 import deep_gemm
+from deep_gemm import sm120
 from deep_gemm.sm120.jit import runtime
 from deep_gemm.sm120.kernels import logits
 
@@ -61,6 +63,49 @@ def ragged(problem: Ragged) -> Call:
     return call
 
 
+def sparse(problem: Sparse) -> Call:
+    """Any of the rows, on metadata of their own or on those of more."""
+    expected, metadata = problem.expected(), problem.metadata()
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, whole = rng.randint(1, BATCH), vars(problem)
+        some = copy.copy(problem)
+        some.q, some.weights = tuple(part[:rows] for part in whole["q"]), whole["weights"][:rows]
+        for name in ("lengths", "lists", "block_table", "context_lens", "ks", "ke"):
+            if name in whole:
+                setattr(some, name, whole[name][:rows])
+        return some.logits(some.metadata() if rng.random() < 0.5 else metadata), expected[:rows]
+
+    return call
+
+
+def chosen(logits: torch.Tensor) -> Call:
+    """Any number of the largest of any columns, by one block a row or by several."""
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = rng.randint(1, 3), rng.randint(1, logits.shape[1])
+        k = rng.randint(1, min(columns, 2048))
+        lengths = torch.full((rows,), columns, dtype=torch.int32, device=logits.device)
+        scores = torch.empty(rows, k, device=logits.device)
+        sm120.topk(logits[:rows], lengths, k, scores=scores)
+        return scores.sort(descending=True).values, logits[:rows, :columns].topk(k).values.double()
+
+    return call
+
+
+def scored_and_chosen(problem: Ragged) -> Call:
+    expected = problem.expected()
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, k = rng.randint(1, BATCH), rng.randint(1, 64)
+        q, kv, *rest = problem.arguments()
+        scores = torch.empty(rows, k, device=problem.device)
+        sm120.fp8_fp4_mqa_topk(q[:rows], kv, *(x[:rows] for x in rest), k, scores=scores)
+        return scores.sort(descending=True).values, expected[:rows].topk(k).values
+
+    return call
+
+
 def calls_on(device: str) -> list[Call]:
     """What a server of several models mixes: they differ in whatever a kernel is compiled for."""
     made = []
@@ -68,7 +113,10 @@ def calls_on(device: str) -> list[Call]:
         lengths = [[random.randint(0, 300) for _ in range(next_n)] for _ in range(BATCH)]
         made.append(paged(Paged(lengths, next_n=next_n, heads=heads, block_kv=page, fp4=fp4, device=device)))
     ends = [random.randint(0, 200) for _ in range(BATCH)]
-    return [*made, ragged(Ragged([0] * BATCH, ends, 200, heads=8, device=device))]
+    run = Ragged([0] * BATCH, ends, 200, heads=8, device=device)
+    listed = [Sparse(ends, heads=8, block_kv=page, width=9, device=device) for page in (64, 0)]
+    logits = torch.randn(3, 12_000, device=device)
+    return [*made, ragged(run), *map(sparse, listed), chosen(logits), chosen(logits.bfloat16()), scored_and_chosen(run)]
 
 
 class Card:
@@ -83,7 +131,8 @@ class Card:
 
     def compare(self, got: torch.Tensor, expected: torch.Tensor) -> bool:
         inside = expected != -torch.inf
-        return torch.allclose(got[inside].double(), expected[inside], rtol=1e-3, atol=1e-2)
+        rtol = 1e-3 if got.dtype == torch.float32 else 2**-7
+        return torch.allclose(got[inside].double(), expected[inside], rtol=rtol, atol=1e-2)
 
     def state(self) -> dict[str, int]:
         torch.cuda.synchronize()
@@ -136,6 +185,7 @@ def state(card: Card | StandIn) -> dict[str, int]:
 
 def soak(total: int, device: str) -> dict:
     card = Card() if device == "cuda" else StandIn()
+    card.choose(0)
     calls, problems = calls_on(device), []
 
     def work(share: int, thread: int) -> None:
@@ -156,7 +206,6 @@ def soak(total: int, device: str) -> dict:
         for thread in threads:
             thread.join()
 
-    card.choose(0)
     if device == "cuda":
         torch.cuda.synchronize()
     for _ in range(2):

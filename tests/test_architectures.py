@@ -63,10 +63,9 @@ def test_sparse_on_other_cards(
     """Where the MMA knows no scales they are applied to the products of every 32 elements."""
     monkeypatch.setenv("DG_SM120_ARCH", arch)
     with recording() as launches:
-        for rows in (4, 150):
-            problem = Sparse(
-                [300, 0, 37, 100][:rows] * -(-rows // 4), width=20, heads=heads, block_kv=block_kv, fp4=fp4
-            )
+        for rows in (1, 4, 150):
+            lengths = ([300, 0, 37, 100] * 38)[:rows]
+            problem = Sparse(lengths, width=20, heads=heads, block_kv=block_kv, fp4=fp4)
             out = poisoned(len(problem.lengths), 160, torch.bfloat16)
             check(problem.logits(problem.metadata(), out), problem.expected())
     executed = {opcode for launch in launches for opcode in launch.instructions if opcode.startswith("mma")}

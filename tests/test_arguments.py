@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from problems import POISON, Paged, Ragged, Sparse, poisoned
@@ -35,6 +36,12 @@ def refused(function: Callable, arguments: dict, rows: int, columns: int, *words
     assert (out == POISON).all()
 
 
+def with_row_stride(tensor: torch.Tensor, stride: int) -> torch.Tensor:
+    """As if its rows were so many elements apart, though its memory does not reach that far."""
+    strides = [by * tensor.itemsize for by in (stride, *tensor.stride()[1:])]
+    return torch.from_numpy(np.lib.stride_tricks.as_strided(tensor.numpy(), tensor.shape, strides))
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, every second element of a larger tensor."""
     wide = torch.empty((*tensor.shape, 2), dtype=tensor.dtype)
@@ -63,6 +70,9 @@ WRONG_PAGED = {
         (lambda kv: kv.squeeze(2), "[pages, block_kv, 1, 132]"),
         (lambda kv: kv.transpose(0, 1).contiguous().transpose(0, 1), "whole pages"),
         (lambda kv: kv.to("meta"), "meta"),
+        (lambda kv: with_row_stride(kv, 64 * 132 + 2), "a multiple of 4 bytes"),
+        (lambda kv: with_row_stride(kv, 64 * 132 - 4), "at least 8448 apart"),
+        (lambda kv: with_row_stride(kv, 2**32), "whole pages"),
     ],
     "weights": [
         (lambda w: w.double(), "float32"),
@@ -81,6 +91,7 @@ WRONG_PAGED = {
         (lambda table: table.long(), "int32"),
         (lambda table: table[:2], "[3, columns]"),
         (lambda table: strided(table), "stride 1"),
+        (lambda table: with_row_stride(table, 2**31 // 3 + 1), "rows within 2^31 entries"),
     ],
     "schedule_meta": [
         (lambda schedule: schedule.long(), "int32"),
@@ -345,7 +356,7 @@ def test_out_between_the_rows_of_an_input(columns: tuple[int, int], rows: int, a
 
 
 def test_overlap_is_that_of_the_bytes() -> None:
-    """Against sets of byte addresses, for views of one buffer: rows between rows, a run between rows, neither."""
+    """Against sets of byte addresses, for views of one buffer: rows between rows, runs between rows, runs."""
     room = torch.zeros(600, dtype=torch.uint8)
 
     def addresses(view: torch.Tensor) -> set[int]:
@@ -359,12 +370,28 @@ def test_overlap_is_that_of_the_bytes() -> None:
             rows, stride, first = (int(torch.randint(1, high, ())) for high in (5, 60, 300))
             stride = int(torch.tensor([stride, 40])[torch.randint(0, 2, ())])
             row = int(torch.randint(1, stride + 1, ()))
-            views.append(room.as_strided((rows, row), (stride, 1), first))
+            one = int(torch.randint(0, 3, ())) == 0  # of one dimension
+            views.append(room[first : first + row] if one else room.as_strided((rows, row), (stride, 1), first))
         got, common = checks.overlap(*views), bool(addresses(views[0]) & addresses(views[1]))
         assert got or not common, [(view.shape, view.stride(), view.storage_offset()) for view in views]
         apart += not got
         feared += got and not common
     assert apart > 1000 and feared < 200  # where rows of different strides interleave, the answer is on the safe side
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["an input", "another output"])
+@pytest.mark.parametrize("first", [0, 5, 19, 20, 39, 40, 50])
+def test_two_tensors_alone(first: int, written: bool) -> None:
+    """No third one raises a suspicion: 20 numbers at 20 beside 20 at another place, of one buffer or of two."""
+    room = torch.zeros(80)
+    one, other = room[20:40], room[first : first + 20]
+    inputs, outputs = ({}, {"one": one, "other": other}) if written else ({"one": one}, {"other": other})
+    if 0 < first < 40:
+        with pytest.raises(ArgumentError, match="other: expected memory of its own; this is one's as well"):
+            checks.memory(inputs, outputs)
+    else:
+        checks.memory(inputs, outputs)
+    checks.memory({"one": torch.zeros(20)}, {"other": torch.zeros(20)})
 
 
 def test_nothing_is_differentiated() -> None:
@@ -404,6 +431,8 @@ WRONG_PAGED_LISTS = [
     ("context_lens", lambda lens: lens.long(), "int32"),
     ("context_lens", lambda lens: lens.tolist(), "int32 tensor"),
     ("context_lens", lambda lens: strided(lens), "contiguous"),
+    ("context_lens", lambda lens: lens.to("meta"), "on the CPU or a CUDA device"),
+    ("block_table", lambda table: table.to("meta"), "on cpu"),
     ("block_table", lambda table: table[:2], "[3, columns]"),
     ("block_table", lambda table: table.long(), "int32"),
     ("indices", lambda ids: ids[:2], "[3]"),
@@ -413,6 +442,7 @@ WRONG_PAGED_LISTS = [
 WRONG_RAGGED_LISTS = [
     ("cu_seq_len_k_start", lambda ks: ks[None], "int32"),
     ("cu_seq_len_k_start", lambda ks: ks.long(), "int32"),
+    ("cu_seq_len_k_start", lambda ks: ks.to("meta"), "on the CPU or a CUDA device"),
     ("cu_seq_len_k_end", lambda ke: ke[:2], "[3]"),
     ("num_kv_tokens", lambda keys: -1, "from 0"),
     ("num_kv_tokens", lambda keys: True, "True (bool)"),

@@ -8,9 +8,12 @@ from argparse import Namespace
 
 import bench
 import contenders
+import indexer
 import probes
 import pytest
 import sass
+import topk
+import topk_peers
 import torch
 from cases import PAGE, Case, figures, peak_for, plan
 from clock import Timing
@@ -19,7 +22,7 @@ from results import write
 
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference
-from deep_gemm.sm120.emulator import Counters, recording
+from deep_gemm.sm120.emulator import Buffer, Counters, Module, recording
 from deep_gemm.sm120.jit import compile_kernel
 
 CPU = torch.device("cpu")
@@ -358,3 +361,172 @@ def test_without_a_gpu(tmp_path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no GPU" in done.stderr and not (tmp_path / "out").exists()
+
+
+# ---- top-k ----------------------------------------------------------------------------------------------------------
+
+
+def test_topk_plan(capsys) -> None:
+    cases = topk.plan((*topk.ROWS, topk.PREFILL), topk.KEYS, topk.KS)
+    assert len(cases) == len(set(cases)) and all(keys > k for _, keys, k in cases)
+    wanted = {(rows, keys, k) for rows in (1, 4, 16, 64, 256) for keys in topk.KEYS for k in (512, 1024, 2048)}
+    assert {case for case in cases if case[0] < topk.PREFILL} == {case for case in wanted if case[1] > case[2]}
+    assert topk.main(["--dry-run", "--rows", "1,4096", "--keys", "8K,16384", "--k", "512"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["1 x 8K, k 512", "1 x 16K, k 512", "4,096 x 16K, k 512"]
+    with pytest.raises(SystemExit):
+        topk.main(["--dry-run", "--rows", "0"])
+
+
+@pytest.fixture
+def choices() -> dict:
+    """Of one case in the emulator; all but the first peer do something wrong, the last one nothing."""
+
+    def reference_places(logits, lengths, table, out):
+        best = logits.topk(out.shape[1]).indices
+        return lambda: out.copy_(table.gather(1, best // PAGE) * PAGE + best % PAGE)
+
+    def fails(*_):
+        raise ValueError("no such arch\nand more")
+
+    peers = {
+        "ours": topk_peers.Peer(topk.ours, True),
+        "places": topk_peers.Peer(reference_places, True),
+        "torch": topk_peers.Peer(topk_peers.torch_topk),
+        "positions for places": topk_peers.Peer(reference_places),
+        "the smallest": topk_peers.Peer(lambda logits, *rest: topk_peers.torch_topk(-logits, *rest)),
+        "one twice": topk_peers.Peer(lambda *all_: lambda: all_[3].copy_(torch.arange(all_[3].shape[1]) // 2)),
+        "nothing": topk_peers.Peer(lambda *_: lambda: None),
+        "fails": topk_peers.Peer(fails),
+        "declines": topk_peers.Peer(lambda *_: None),
+    }
+    pool = torch.randn(topk.INPUTS * 3 * 320)
+    return topk.compare((3, 320, 64), peers, lambda launches: 10.0 + len(launches), pool)
+
+
+def test_topk_results_are_checked(choices) -> None:
+    assert choices["us"] == {"ours": 18.0, "places": 18.0, "torch": 18.0}
+    wrong = dict.fromkeys(["positions for places", "the smallest", "one twice", "nothing"], "wrong")
+    assert choices["wrong"] == wrong | {"fails": "ValueError: no such arch"}
+    assert "one twice: WRONG" in topk.line(choices) and "fails: ValueError" in topk.line(choices)
+
+
+def test_topk_tables(tmp_path, capsys) -> None:
+    def case(rows, keys, k=512, wrong=(), **us):
+        names = {"v1": "SGLang v1", "clusters": topk.RECORD}
+        us = {names.get(name, name): value for name, value in us.items()}
+        return {"rows": rows, "keys": keys, "k": k, "us": us, "wrong": dict.fromkeys(wrong, "wrong")}
+
+    report = {
+        "date": "2026-01-01", "device": "a card", "sms": 132, "torch": "2", "empty_us": 1.0, "read_tbps": 2.0,
+        "missing": {"FlashInfer": "is not here"},
+        "cases": [
+            case(1, 4096, ours=4.5, v1=9.0, clusters=4.0), case(1, 65536, ours=8.0, v1=24.0, torch=20.0),
+            case(4096, 65536, ours=800.0, v1=700.0), case(4, 4096, 1024, ["SGLang v1"], ours=4.0, torch=9.0),
+        ],
+    }  # fmt: skip
+    (tmp_path / "topk.json").write_text(json.dumps(report))
+    assert topk.main(["--show", str(tmp_path / "topk.json")]) == 0
+    text = capsys.readouterr().out
+    assert "| k 512: rows x keys | ours | SGLang v1 | SGLang v2 (clusters) | torch | ratio |" in text
+    assert "| 1 x 4K | **4.5** | 9.0 | 4.0 |  | 2.00 |" in text and "| 4 x 4K | **4.0** | wrong | 9.0 | 2.25 |" in text
+    assert "| 4,096 x 64K | 800.0 | **700.0** |  |  | 0.88 |" in text and "Not here: FlashInfer (is not here)." in text
+    assert "ahead of every peer | 3 of 4 | 0.88 of it: 4,096 x 64K, k 512" in text
+    assert "| 1 of 2 | 0.86 of it: 1 x 64K, k 512 |" in text  # 7 us above an empty kernel where 6 were asked for
+    assert "SGLang v1 at 16K, 64K, 256K | 0 of 1 | 0.75 of it" in text
+    assert "80% of a read's bandwidth | 0 of 1 | 0.84 of it" in text  # 1.34 TB/s of 1.6
+
+
+def places_of_the_best(logits, lengths, table, out, skip=0):
+    """In the place of SGLang's kernels, which take a card; or the best but for some."""
+    best = logits.topk(out.shape[1] + skip).indices[:, skip:]
+    return lambda: out.copy_(table.gather(1, best // PAGE) * PAGE + best % PAGE)
+
+
+def test_topk_as_rows_of_the_benchmark() -> None:
+    peers = {
+        "SGLang v1": topk_peers.Peer(places_of_the_best, True),
+        "torch": topk_peers.Peer(topk_peers.torch_topk),
+        "wrong": topk_peers.Peer(functools.partial(places_of_the_best, skip=1), True),
+    }
+    entries = indexer.run_topk((2, 640, 512), peers, Stopwatch(), CPU)
+    assert [(entry["peer"], entry["status"]) for entry in entries] == [
+        ("ours", "right"), ("SGLang v1", "right"), ("torch", "right"), ("wrong", "wrong"),
+    ]  # fmt: skip
+    assert {entry["name"] for entry in entries} == {"topk 2 x 640"}
+    assert all((entry["cold"]["median_us"], entry["warm"]["median_us"]) == (100.0, 50.0) for entry in entries[:3])
+    for quick in (False, True):
+        assert all(keys > k for _, keys, k in indexer.topk_cases(quick))
+
+
+@pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
+def test_the_indexer_as_rows_of_the_benchmark(fp4, monkeypatch, tmp_path) -> None:
+    """After the logits of a case: ours in one call, a package's with each of SGLang's choices behind them."""
+    monkeypatch.setattr(bench, "has_indexer", lambda case: True)
+    monkeypatch.setattr(bench.upstream, "CANDIDATES", ("package", "broken"))
+
+    def broken(_):
+        raise ValueError("no such arch")
+
+    peers = {"ours": contenders.ours, "package": contenders.ours, "broken": broken, "triton": broken}
+    choices = {
+        "SGLang v1": topk_peers.Peer(places_of_the_best, True),
+        "SGLang v2": topk_peers.Peer(functools.partial(places_of_the_best, skip=1), True),
+        "torch": topk_peers.Peer(topk_peers.torch_topk),
+    }
+    case = Case("decode", fp4, 2, 640, heads=8)
+    ceilings = {"copy_tbps": 0.001, "mma_tflops": {"fp8_plain": 0.1}}
+    results = bench.run_case(case, Cache(CPU), peers, Stopwatch(), ceilings, choices)
+    entries = {entry["peer"]: entry for entry in results if entry["kind"] == "indexer"}
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "ours": "right", "package + SGLang v1": "right", "package + SGLang v2": "wrong",
+        "broken + SGLang v1": "failed", "broken + SGLang v2": "failed",
+    }  # fmt: skip
+    assert {entry["name"] for entry in entries.values()} == {f"fp{4 if fp4 else 8} indexer 2 x 640"}
+    assert entries["ours"]["error"] == 0 and entries["ours"]["cold"]["median_us"] == 100.0
+    result = {"device": {"name": "A card"}, "date": "2026-11-24", "ceilings": ceilings, "results": results, "took_s": 1}
+    write(result, tmp_path, print)
+    lines = (tmp_path / "bench.txt").read_text().splitlines()
+    assert "package + SGLang v1" in lines[0] and "100.0 (1.00x)" in next(line for line in lines if "indexer" in line)
+
+
+def test_which_cases_have_the_indexer() -> None:
+    sizes = {(case.fp4, case.rows, case.keys) for case in plan() if indexer.has_indexer(case)}
+    k = 1024
+    assert sizes == {(fp4, b, n) for fp4 in (False, True) for b in (1, 8, 64) for n in (16 * k, 64 * k, 256 * k)}
+    assert any(map(indexer.has_indexer, plan(quick=True)))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version, keys", [("v1", 3072), ("v2", 5120), ("v2", 9216), ("v2", 17408)])
+def test_topk_peers_are_launched_right(version, keys, monkeypatch) -> None:
+    """SGLang's kernels, built for SM120, in the emulator: parameters, grids and geometry are right."""
+    try:
+        ptx = topk_peers.build(version, "sm_120a", "ptx").decode()
+    except topk_peers.Unavailable as problem:
+        pytest.skip(str(problem))
+    logits, k, rows = torch.randn((2, keys + 4)), 512, 2
+    lengths = torch.tensor([keys, keys - 77], dtype=torch.int32)
+    table = torch.randperm(rows * keys // PAGE).int().view(rows, -1)
+    out = torch.full((rows, k), -7, dtype=torch.int32)
+    buffers = [Buffer.of(tensor, str(n)) for n, tensor in enumerate((logits, lengths, table, out))]
+
+    def emulate(_, name, grid, shared, parameters):
+        (entry,) = (line for line in ptx.splitlines() if ".entry" in line and name in line)
+        entry = entry.partition(".entry ")[2].partition("(")[0]
+        block = (topk_peers._THREADS, 1, 1)
+        return lambda: Module(ptx).launch(entry, (*grid, 1), block, bytes(parameters), buffers, shared_bytes=shared)
+
+    monkeypatch.setattr(topk_peers, "_launch", emulate)
+    bind = {"v1": topk_peers.sglang_v1, "v2": topk_peers.sglang_v2}[version]
+    bind(logits[:, :keys], lengths, table, out)()
+    for row in range(rows):
+        best = logits[row, : lengths[row]].topk(k).indices
+        places = table[row][best // PAGE] * PAGE + best % PAGE
+        assert out[row].sort().values.tolist() == places.sort().values.tolist()
+
+
+def test_topk_peers_are_found_or_said_to_be_missing() -> None:
+    found, missing = topk_peers.find()
+    assert "torch" in found and not found.keys() & missing.keys() and all(missing.values())
+    everybody = {"SGLang v1", "SGLang v2", "SGLang v2 (clusters)", "vLLM persistent", "vLLM per row", "FlashInfer"}
+    assert everybody == (found.keys() | missing.keys()) - {"torch"}

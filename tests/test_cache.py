@@ -67,6 +67,16 @@ def silently_missed(name: str) -> None:
         assert cache.get(name) is None
 
 
+def test_a_digest_is_that_of_the_parts() -> None:
+    """Not of what they are put together."""
+    digests = {
+        cache.digest(*parts) for parts in ([], [""], ["ab", "c"], ["a", "bc"], ["abc"], ["a", "b", "c"], ["abc", ""])
+    }
+    joined = {cache.digest(b"a" + length.to_bytes(8, "little") + b"b") for length in range(20)}  # a part like two
+    assert len(joined) == 20 and cache.digest("a", "b") not in joined
+    assert len(digests) == 7 and cache.digest("a", "b") == cache.digest(b"a", b"b")
+
+
 # ---- an entry that is none ------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import torch
 from problems import Paged, Ragged, Sparse
 
 import deep_gemm
-from deep_gemm.sm120 import ArgumentError, debug
+from deep_gemm import sm120
+from deep_gemm.sm120 import ArgumentError, debug, settings
 
 GARBAGE = [-(2**31), -1, 2**31 - 1]
 
@@ -56,6 +57,148 @@ def test_lists_and_their_metadata(device: str, block_kv: int) -> None:
         refused(problem.metadata, f"sparse_kv_block_indices[0, 3], row 0, is {value}; expected a block")
     other = Sparse([300, 0, 37], width=20, block=16, block_kv=block_kv, heads=8, device=device).metadata()
     refused(lambda: problem.logits(other), "metadata[0], row 0, is ", "expected the seal ")
+
+
+def test_lists_of_pages_that_are_not_there(device: str) -> None:
+    """How many the cache has is seen when the metadata are used."""
+    problem = Sparse([300, 0, 37], width=20, heads=8, tail="garbage", device=device)
+    problem.block_table = problem.block_table.contiguous()
+    (column, block), pages = divmod(int(problem.lists[0, 0]), 8), len(problem.kv_cache)
+    before = int(problem.block_table[0, column])
+    problem.block_table[0, column] = -7
+    words = f"block_table[0, {column}], row 0, is -7; expected a page from 0 on"
+    refused(problem.metadata, f"get_paged_sparse_mqa_logits_metadata: {words}")
+    problem.block_table[0, column] = pages
+    metadata = problem.metadata()
+    words = (
+        f"metadata[0, 0], row 0, is {8 * pages + block}; expected a place from 0 to {8 * pages - 1}, where there are"
+    )
+    refused(lambda: problem.logits(metadata), f"fp8_fp4_paged_sparse_mqa_logits: {words}")
+    problem.block_table[0, column] = before
+    problem.logits(problem.metadata())
+    most = 64 * problem.block_table.shape[1]
+    problem.context_lens[2] = most + 1
+    refused(problem.metadata, f"context_lens[2], row 2, is {most + 1}; expected 0 to {most} keys")
+
+
+# What a row of top-k may be told, and for each wrong value the words of its error.
+ROWS = {"lengths": [70, 0, 30], "starts": [0, 100, 60], "offset": [0, -9, 5]}
+WRONG = [
+    ("lengths", 0, -1, "is -1; expected 0 to 100, for which there are columns behind the row's start"),
+    ("lengths", 2, 41, "is 41; expected 0 to 100, for which there are columns behind the row's start"),
+    ("lengths", 0, 2**31 - 1, f"is {2**31 - 1}; expected 0 to 100"),
+    ("lengths", 0, 97, "is 97; expected 0 to 96 keys, which the 6 columns of block_table allow"),
+    ("starts", 1, 101, "is 101; expected 0 to 100, the number of columns"),
+    ("starts", 2, -(2**31), f"is {-(2**31)}; expected 0 to 100"),
+    ("offset", 2, -1, "is -1; expected 0 or more, and that every result is less than 2^31"),
+    ("offset", 0, 2**31 - 165, f"is {2**31 - 165}; expected 0 or more"),
+    ("block_table", (2, 1), -1, f"is -1; expected a page from 0 to {2**27 - 1}, since the row has keys there"),
+    ("block_table", (0, 0), 2**27, f"is {2**27}; expected a page from 0 to"),
+]
+
+
+@pytest.mark.parametrize("name, row, value, words", WRONG)
+def test_topk(device: str, name: str, row: int | tuple[int, int], value: int, words: str) -> None:
+    given = {key: torch.tensor(rows, dtype=torch.int32, device=device) for key, rows in ROWS.items()}
+    # Pages up to 10; what lies past a row's last one is garbage, and so is the offset of the row without keys.
+    table = torch.tensor([[0, 1, 2, 3, 10, -5], [-1] * 6, [4, 5, -1, -1, 2**31 - 1, -1]])
+    given["block_table"] = table.to(torch.int32).to(device)
+    logits = torch.randn(3, 100, device=device)
+    given["offset"][0] = 2**31 - 166
+    sm120.topk(logits, k=70, page=16, **given)
+    given["offset"][0] = 0
+    given[name][row] = value
+    place, row = (f"{row[0]}, {row[1]}", row[0]) if isinstance(row, tuple) else (row, row)
+    refused(lambda: sm120.topk(logits, k=5, page=16, **given), f"topk: {name}[{place}], row {row}, {words}")
+
+
+def test_topk_of_rows_that_fill_their_table(device: str) -> None:
+    logits = torch.randn(2, 100, device=device)
+    lengths = torch.tensor([96, 95], dtype=torch.int32, device=device)
+    table = torch.zeros(2, 6, dtype=torch.int32, device=device)
+    sm120.topk(logits, lengths, 7, block_table=table, page=16)
+    lengths[0] = 97
+    words = "topk: lengths[0], row 0, is 97; expected 0 to 96 keys, which the 6 columns of block_table allow"
+    refused(lambda: sm120.topk(logits, lengths, 7, block_table=table, page=16), words)
+
+
+def test_topk_without_places(device: str) -> None:
+    logits, lengths = torch.randn(2, 100, device=device), torch.tensor([100, 0], dtype=torch.int32, device=device)
+    sm120.topk(logits, lengths, 7)
+    lengths[1] = 101
+    words = "topk: lengths[1], row 1, is 101; expected 0 to 100, for which there are columns ("
+    refused(lambda: sm120.topk(logits, lengths, 7), words)
+
+
+@pytest.mark.parametrize(
+    "place, value, words",
+    [
+        (None, 801, "context_lens[1], row 1, is 801; expected 0 to 800, for which there are columns ("),
+        (None, -4, "context_lens[1], row 1, is -4; expected 0 to 800"),
+        ((1, 1), -3, "block_table[1, 1], row 1, is -3; expected a page from 0 to"),
+        ((0, 12), 2**28, f"block_table[0, 12], row 0, is {2**28}; expected a page from 0 to {2**28 - 1}"),
+    ],
+)
+def test_candidate_blocks(device: str, place: tuple[int, int] | None, value: int, words: str) -> None:
+    maxima = torch.randn(2, 100, device=device)
+    lengths = torch.tensor([[797], [90]], dtype=torch.int32, device=device)
+    table = torch.full((2, 13), 2**28 - 1, dtype=torch.int32, device=device)
+    table[1, 2:] = -1
+    given = {"block_table": table, "pages": torch.empty(2, 30, dtype=torch.int32, device=device)}
+    sm120.candidate_blocks(maxima, lengths, 30, **given)
+    if place:
+        table[place] = value
+    else:
+        lengths[1, 0] = value
+    refused(lambda: sm120.candidate_blocks(maxima, lengths, 30, **given), f"candidate_blocks: {words}")
+
+
+def test_logits_and_choice_of_pages(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is launched, though rows are scored some at a time, and by their own numbers."""
+    monkeypatch.setattr(settings, "_num_sms", 4)
+    problem = Paged([[100 + row] for row in range(60)], heads=8, dim=32, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 6)
+    out = torch.full((60, 9), -5, dtype=torch.int32, device=device)
+
+    def call() -> None:
+        sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), 9, out=out)
+
+    call()
+    out.fill_(-5)
+    problem.context_lens[55, 0] = 160
+    refused(call, "fp8_fp4_paged_mqa_topk: context_lens[55, 0], row 55, is 160; expected 0 to 159 keys")
+    problem.context_lens[55, 0], pages = 155, len(problem.kv_cache)
+    problem.block_table[57, 2] = pages
+    refused(call, f"fp8_fp4_paged_mqa_topk: block_table[57, 2], row 57, is {pages}; expected a page")
+    problem.block_table[57, 2], schedule[3, 0] = 0, 99
+    refused(call, "fp8_fp4_paged_mqa_topk: schedule_meta[3, 0], entry 3, is 99; expected a row from 0 to 60")
+    assert (out == -5).all()
+
+
+def test_logits_and_choice_of_a_run(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_num_sms", 4)
+    problem = Ragged([*range(60)], [*range(100, 160)], 160, heads=8, dim=32, device=device)
+    table = torch.zeros(60, 7, dtype=torch.int32, device=device)
+    out = torch.full((60, 9), -5, dtype=torch.int32, device=device)
+
+    def call() -> None:
+        given = {"offset": problem.ks, "block_table": table, "page": 16}
+        sm120.fp8_fp4_mqa_topk(*problem.arguments(), 9, out=out, **given)
+
+    call()
+    out.fill_(-5)
+    for change, words in [
+        (lambda: problem.ke.__setitem__(57, 161), "ke[57], row 57, is 161; expected 0 to 160, the number of keys"),
+        (lambda: problem.ke.__setitem__(57, 20), "ke[57], row 57, is 20; expected at least ks of the row"),
+        (lambda: problem.ks.__setitem__(57, -1), "ks[57], row 57, is -1; expected 0 to 160, the number of keys"),
+        (lambda: problem.ks.__setitem__(57, 0), "ke - ks[57], row 57, is 157; expected 0 to 112 keys, which the 7 col"),
+        (lambda: table.__setitem__((57, 6), -1), "block_table[57, 6], row 57, is -1; expected a page from 0 to"),
+    ]:
+        before = problem.ks.clone(), problem.ke.clone()
+        change()
+        refused(call, f"fp8_fp4_mqa_topk: {words}")
+        problem.ks, problem.ke = before
+    assert (out == -5).all()
 
 
 @pytest.mark.parametrize("value", [*GARBAGE, 521])

@@ -18,6 +18,7 @@ from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import reference
+from deep_gemm.sm120.kernels import logits
 
 TOLERANCE = 1e-4  # a row may have one key, and its logit be a small difference
 PATIENCE = 120  # seconds; an example takes less than one
@@ -137,6 +138,34 @@ def test_paged_schedules(device: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 30])
+@pytest.mark.parametrize("next_n, flat", [(1, True), (1, False), (2, True), (2, False), (3, True)])
+def test_lengths_at_the_ends_of_int32(device: str, next_n: int, flat: bool, slots: int) -> None:
+    """One length a row, from which those of its tokens are counted, or one for each."""
+    edges = [-(2**31), 5 - 2**31, -1, 0, 1, 70, 2**31 - 2, 2**31 - 1]
+    lengths = edges if flat else [[edges[row - token] for token in range(next_n)] for row in range(len(edges))]
+    problem = Paged([100] * 8 if flat else [[100] * next_n] * 8, next_n, heads=8, dim=32, device=device)
+    problem.context_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+    out = poisoned(8 * next_n, 100, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, slots)
+    deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule), out=out)
+    check(out.cpu(), meant(problem).cpu(), TOLERANCE)
+
+
+@pytest.mark.parametrize("slots", [3, 60])
+@pytest.mark.parametrize("block_kv, longest", [(16, 5), (16, 40), (48, 50), (64, 70)])
+def test_a_table_that_just_fits(device: str, block_kv: int, longest: int, slots: int) -> None:
+    """Where rows of one request compare their pages, and a tile goes on behind the last of them."""
+    lengths = [longest] * 30
+    problem = Paged(lengths, heads=8, dim=32, block_kv=block_kv, device=device)
+    columns = -(-longest // block_kv)
+    problem.block_table = problem.block_table[-1:, :columns].repeat(30, 1)
+    out = poisoned(30, longest, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, block_kv, slots)
+    deep_gemm.fp8_paged_mqa_logits(*problem.arguments(schedule), out=out)
+    check(out.cpu(), problem.expected().cpu(), TOLERANCE)
+
+
+@pytest.mark.parametrize("slots", [1, 30])
 @pytest.mark.parametrize("what", ["columns", "pages"])
 def test_no_room_at_all(device: str, what: str, slots: int) -> None:
     """A table of no columns, a cache of no pages: no row has a key."""
@@ -173,6 +202,18 @@ def test_ragged(device: str, data: st.DataObject) -> None:
     check(out, problem.expected(columns), TOLERANCE, cleaned=clean)
 
 
+@pytest.mark.parametrize("keys", [1, 384, 2**31 - 1])
+@pytest.mark.parametrize("rows", [1, 33, 2**31 - 1])
+def test_a_grid_is_one_that_can_be_launched(rows: int, keys: int) -> None:
+    """Of any size, on as many SMs as `set_num_sms` takes: CUDA's limits are 2^31 - 1 and 65,535 blocks."""
+    config = logits.configure("sm_120f", False, 64, 128, 0, torch.float32, torch.float32)
+    for sms in (1, 188, 2**16):
+        groups, parts = logits.shares(config, rows, keys, sms)
+        assert 1 <= groups < 2**31 and 1 <= parts <= 65535
+    if rows == 1:
+        assert (groups, parts) == (1, -(-keys // 384) if keys < 2**31 - 1 else 65535)
+
+
 @given(st.data())
 def test_metadata(device: str, data: st.DataObject) -> None:
     """However long rows claim to be, and however many do, the plan is that of these lengths."""
@@ -181,7 +222,18 @@ def test_metadata(device: str, data: st.DataObject) -> None:
     lengths = torch.randint(0, 700, (rows, tokens), dtype=torch.int32, device=device)
     spoil(draw, lengths, [256, 0])
     with ends():
-        schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, slots)
+        assert_plan(lengths, slots)
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31 - 255, 2**31 - 256, -(2**31)])
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 2000])
+def test_metadata_of_lengths_at_the_ends_of_int32(device: str, rows: int, length: int) -> None:
+    """None overflows, neither alone nor in the sum."""
+    assert_plan(torch.full((rows, 1), length, dtype=torch.int32, device=device), 7)
+
+
+def assert_plan(lengths: torch.Tensor, slots: int) -> None:
+    schedule, rows = deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, slots), len(lengths)
     limit = min(2**31 - 256, (2**31 - 1) // rows * 256)  # past it, splits could not be counted
     ends_at = ((lengths.cpu().long().amax(dim=1).clamp(0, limit) + 255) // 256).numpy().cumsum()
     share, longer = divmod(int(ends_at[-1]), slots)

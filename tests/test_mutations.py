@@ -16,3 +16,7 @@ def test_a_mutation_changes_one_thing() -> None:
         assert mutation.applied(False) != mutation.applied(True)
     assert mutate.Mutation("", "a «+ → -» b").applied(False) == "a + b"
     assert mutate.Mutation("", "a «+ → -» b").applied(True) == "a - b"
+
+
+def test_what_is_explained_is_there() -> None:
+    assert set(mutate.EXPLAINED) <= {mutation.text for mutation in mutate.ALL}

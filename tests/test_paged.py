@@ -42,6 +42,12 @@ def test_page_sizes(block_kv: int, fp4: bool, device: str) -> None:
     run(Paged([block_kv - 1, block_kv, block_kv + 1, 600], block_kv=block_kv, heads=16, fp4=fp4, device=device))
 
 
+@pytest.mark.parametrize("slots", [2, 1])
+def test_more_tiles_than_a_warp_has_lanes(slots: int, device: str) -> None:
+    """A lane holds the page of a tile to come: after 32 of them a warp asks for the next ones."""
+    run(Paged([40_000], heads=8, dim=32, slots=slots, device=device))
+
+
 @FORMATS
 @pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5, 6, 7, 8, 13, 17, 40])
 def test_next_n(next_n: int, fp4: bool, device: str) -> None:

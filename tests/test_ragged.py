@@ -122,6 +122,21 @@ def test_two_runs_and_rows_over_two_calls(device: str) -> None:
     assert torch.equal(out, whole)
 
 
+@pytest.mark.parametrize("sms", [1, 2, 7])
+@pytest.mark.parametrize("columns", [0, 400])
+def test_blocks_that_take_pieces_of_several_groups(sms: int, columns: int, device: str) -> None:
+    """Few SMs: a block has pieces of several stripes, which end within groups, and groups end within them."""
+    starts = [0] * 30 + torch.randint(400, (25,)).tolist() + [700] * 20
+    ends = [300 + row for row in range(30)] + [start + 399 for start in starts[30:55]] + [699] * 10 + [900] * 10
+    problem = Ragged(starts, ends, 900, heads=16, dim=32, device=device)
+    before = deep_gemm.get_num_sms()
+    deep_gemm.set_num_sms(sms)
+    try:
+        run(problem, columns)
+    finally:
+        deep_gemm.set_num_sms(before)
+
+
 @FORMATS
 def test_paged_and_ragged_agree(fp4: bool, device: str) -> None:
     """The same keys, in pages and in one run: the same logits, bit for bit."""

@@ -3,10 +3,13 @@
 import ctypes
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reduced
 import torch
 from emulator_harness import kernel, launch
 from problems import Paged, Ragged, Sparse, check, poisoned
@@ -327,6 +330,33 @@ def test_a_barrier_less_in_our_own_kernel(which: int, tmp_path: Path, monkeypatc
     assert race(source) is None
     at = barriers[which]
     assert re.search("race on shared memory|never written", race(source[:at] + source[at + 16 :]) or "")
+
+
+@pytest.mark.parametrize("garbage", [False, True], ids=["", "garbage"])
+@pytest.mark.parametrize("case", reduced.Suite("cpu").cases())
+def test_small_problems(case: str, garbage: bool, device: str) -> None:
+    """Those that compute-sanitizer's tools watch on a GPU. With garbage two blocks may compute the same: a race."""
+    with recording(sanitize=device == "cpu" and not garbage):
+        reduced.Suite(device, garbage).cases()[case]()
+
+
+def compute_sanitizer(tool: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, reduced.__file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer here")
+@pytest.mark.parametrize("tool", reduced.FAULTS)
+def test_compute_sanitizer(tool: str) -> None:
+    """Each of its tools finds the fault that is planted for it, and nothing in our kernels, whatever tensors hold."""
+    planted = compute_sanitizer(tool, "--planted", tool)
+    assert planted.returncode == 9 and "planted" in planted.stdout, planted.stdout
+    for arguments in ([], ["--garbage"]):
+        done = compute_sanitizer(tool, *arguments)
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert "cases on cuda are right" in done.stdout
 
 
 @pytest.mark.peer

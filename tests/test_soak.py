@@ -36,7 +36,7 @@ def test_nothing_grows(device: str, tmp_path: Path, request: pytest.FixtureReque
     assert after["blocks"] - before["blocks"] < calls // 100  # Python's; an object a call would be a hundred times that
     assert after["resident"] - before["resident"] < (8 << 20) + 40 * calls
     if device == "cpu":
-        assert after["launches"] - before["launches"] > 2 * calls
+        assert after["launches"] - before["launches"] > 1.5 * calls
         assert after["modules"] == after["loaded"] >= after["configurations"] + 2
     else:
         assert after["device"] - before["device"] < 64 << 20

@@ -70,6 +70,37 @@ def test_v41(block_kv: int, fp4: bool, device: str) -> None:
     run(Sparse([20_000, 137, 16_383], width=2048, block_kv=block_kv, fp4=fp4, device=device))
 
 
+@FORMATS
+@pytest.mark.parametrize("block, block_kv", [(8, 64), (16, 48), (24, 0), (64, 128)])
+@pytest.mark.parametrize("heads", [8, 24, 40, 64])
+def test_one_row(heads: int, block: int, block_kv: int, fp4: bool, device: str) -> None:
+    for length, weights in ((0, torch.float32), (1, torch.bfloat16), (13 * block - 5, torch.float32), (999, None)):
+        weights = {"weights_dtype": weights} if weights else {}
+        run(Sparse([length], width=13, block=block, block_kv=block_kv, heads=heads, fp4=fp4, device=device, **weights))
+
+
+@FORMATS
+@LAYOUTS
+@pytest.mark.parametrize("width", [31, 32, 33])
+def test_one_row_with_and_without_a_warp_for_every_eight_keys(
+    width: int, block_kv: int, fp4: bool, device: str
+) -> None:
+    sms = deep_gemm.get_num_sms()
+    try:
+        deep_gemm.set_num_sms(2)  # of 16 warps
+        run(Sparse([8 * width], width=width, block_kv=block_kv, heads=16, fp4=fp4, device=device))
+    finally:
+        deep_gemm.set_num_sms(sms)
+
+
+@pytest.mark.parametrize("block_kv", [8, 64, 128, 0])
+@pytest.mark.parametrize("width", [4, 68, 512, 4096])
+def test_upstream_s_edges(width: int, block_kv: int, device: str) -> None:
+    """Lengths at the ends of its splits of 640 keys, the tails of pull request 447's test, and lists of any width."""
+    lengths = [0, 1, 137, 639, 640, 641, 1283, 5000]
+    run(Sparse(lengths, width=width, block_kv=block_kv, heads=8, device=device))
+
+
 @LAYOUTS
 @pytest.mark.parametrize("rows", [129, 187, 188, 189, 300])
 def test_many_rows(rows: int, block_kv: int, device: str) -> None:
@@ -343,13 +374,15 @@ def test_neighbours_read_the_blocks_that_they_share_together(fp4: bool) -> None:
     assert counters.block_bytes["kv_cache"] < 0.3 * alone
 
 
-def test_one_row_fills_the_chip() -> None:
-    problem = Sparse([16_384], width=2048, heads=32)
-    with recording(trace=True) as launches:
-        run(problem)
-    counters = launches[-1]
+@pytest.mark.parametrize("length", [16_384, 1000, 0])
+def test_one_row_fills_the_chip(length: int) -> None:
+    problem = Sparse([length], width=2048, heads=32)
+    metadata = problem.metadata()
+    with recording(trace=True, sanitize=True) as launches:
+        run(problem, metadata)
+    (counters,) = launches
     assert counters.blocks == deep_gemm.get_num_sms()
-    assert counters.block_bytes["kv_cache"] == 16_384 * 68  # no key twice
+    assert counters.block_bytes["kv_cache"] == length * 68  # no key twice, and none that does not count
 
 
 @st.composite

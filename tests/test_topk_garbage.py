@@ -10,13 +10,15 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from problems import Paged, Ragged
-from test_garbage import ends, spoil
+from test_garbage import SIZES, SLOTS, ends, paged_problem, spoil
 
 import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
 
 NOTHING = -77777
+KS = st.sampled_from([1, 8, 512])
+SMS = st.sampled_from([None, 1, 4])  # with few of them some rows are many, and take turns
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -46,7 +48,7 @@ def test_topk(device: str, data: st.DataObject) -> None:
         table = table[:, : draw(st.integers(1, table.shape[1]))].contiguous()  # narrower than the rows are long
     got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
     out, positions = got
-    settings._num_sms = draw(st.sampled_from([None, 1, 4]))
+    settings._num_sms = draw(SMS)
     try:
         with ends():
             sm120.topk(
@@ -73,6 +75,41 @@ def test_topk(device: str, data: st.DataObject) -> None:
             sorted(positions[row, : len(expected)].tolist()) == expected
             and (positions[row, len(expected) :] == -1).all()
         )
+
+
+@pytest.mark.parametrize("pages", [0, 1, 3])
+@pytest.mark.parametrize("lengths, k", [([100, 60], 120), ([700, 500], 90), ([9000, 8000], 600)])
+def test_a_table_that_is_too_narrow(device: str, lengths: list[int], k: int, pages: int) -> None:
+    """What lies past it is on its last page; a table without columns is none."""
+    page, rows = 16, len(lengths)
+    table = torch.randint(0, 2**20, (rows, 5), dtype=torch.int32, device=device)[:, :pages]
+    positions = torch.full((rows, k), NOTHING, dtype=torch.int32, device=device)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    logits = torch.randn(rows, max(lengths), device=device)
+    out = sm120.topk(logits, lens, k, block_table=table, page=page, positions=positions)
+    for row, expected in enumerate(reference.topk(logits.cpu(), lengths, k)):
+        at = positions[row, : len(expected)].long()
+        assert sorted(at.tolist()) == expected and (out[row, len(expected) :] == -1).all()
+        places = table[row][(at // page).clamp(max=pages - 1)] * page + at % page if pages else at
+        assert torch.equal(out[row, : len(expected)], places.int())
+
+
+@pytest.mark.parametrize("width", [1, 20, 300])
+def test_blocks_behind_the_last_key(device: str, width: int) -> None:
+    """The largest of all, just behind each row's end, is never chosen, wherever in a block that is."""
+    lengths = [80, 81, 87, 88, 8, 1, 0, 160, 159, 153]
+    counts = [-(-length // 8) for length in lengths]
+    maxima = torch.randn(len(lengths), 20, device=device)
+    for row, count in enumerate(counts):
+        maxima[row, count:] = torch.inf
+    table = torch.randint(0, 2**20, (len(lengths), 3), dtype=torch.int32, device=device)
+    pages = torch.full((len(lengths), width), NOTHING, dtype=torch.int32, device=device)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    out = sm120.candidate_blocks(maxima, lens, width, block_table=table, page=64, pages=pages)
+    for row, expected in enumerate(reference.topk(maxima.cpu(), counts, width)):
+        rest = [2**31 - 1] * (width - len(expected))
+        assert out[row].tolist() == expected + rest
+        assert pages[row].tolist() == [8 * int(table[row, block // 8]) + block % 8 for block in expected] + rest
 
 
 @given(st.data())
@@ -123,6 +160,68 @@ def compare(positions: torch.Tensor, logits: torch.Tensor, starts: list[int], le
     for row, expected in enumerate(reference.topk(logits.cpu(), lengths, k, starts)):
         assert sorted(positions[row, : len(expected)].tolist()) == expected
         assert (positions[row, len(expected) :] == -1).all()
+
+
+@given(st.data())
+def test_paged_logits_and_choice(device: str, data: st.DataObject) -> None:
+    """Of a schedule that nobody has touched all rows are right, garbage taken as it is meant."""
+    draw = data.draw
+    problem, k = paged_problem(draw, device), draw(KS)
+    page, columns = problem.block_kv, problem.max_context_len
+    spoil(draw, problem.context_lens, [columns, problem.block_table.shape[1] * page])
+    spoil(draw, problem.block_table, [len(problem.kv_cache), 0])
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, page, draw(SLOTS))
+    whole = schedule.clone()
+    spoiled = spoil(draw, schedule, [0, len(problem.lengths)])
+    rows = len(problem.weights)
+    got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
+    out, positions = got
+    settings._num_sms = draw(SMS)
+    try:
+        with ends():
+            sm120.fp8_fp4_paged_mqa_topk(
+                *problem.arguments(schedule), k, translate=draw(st.booleans()), out=out, positions=positions
+            )
+    finally:
+        settings._num_sms = None
+    for result in got:
+        assert (result.as_strided((rows, k + 3), (k + 3, 1))[:-1, k:] == NOTHING).all()
+    assert ((positions >= -1) & (positions < columns)).all()
+    if not spoiled:
+        logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(whole))
+        limit = min(columns, problem.block_table.shape[1] * page)
+        lengths = reference.windows(problem.context_lens.long(), problem.next_n).clamp(0, limit).flatten().tolist()
+        compare(positions, logits, [0] * rows, lengths, k)
+
+
+@given(st.data())
+def test_ragged_logits_and_choice(device: str, data: st.DataObject) -> None:
+    draw = data.draw
+    keys, rows, k = draw(st.sampled_from([1, 31, 100, 513])), draw(st.integers(1, 40)), draw(KS)
+    bound = st.integers(0, keys)
+    starts, sizes = (draw(st.lists(bound, min_size=rows, max_size=rows)) for _ in range(2))
+    heads, dim, fp4, _ = draw(SIZES)
+    problem = Ragged(starts, [*map(sum, zip(starts, sizes))], keys, heads, dim, fp4, device=device)
+    table = torch.zeros(rows, draw(st.integers(0, 9)), dtype=torch.int32, device=device)
+    offset = torch.zeros(rows, dtype=torch.int32, device=device)
+    for tensor, near in ((problem.ks, [0, keys]), (problem.ke, [0, keys]), (table, [0]), (offset, [0])):
+        spoil(draw, tensor, near)
+    got = [torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k] for _ in range(2)]
+    out, positions = got
+    settings._num_sms = draw(SMS)
+    try:
+        with ends():
+            sm120.fp8_fp4_mqa_topk(
+                *problem.arguments(), k, offset=offset, block_table=table, page=16, out=out, positions=positions
+            )
+    finally:
+        settings._num_sms = None
+    for result in got:
+        assert (result.as_strided((rows, k + 3), (k + 3, 1))[:-1, k:] == NOTHING).all()
+    begins = problem.ks.long().clamp(min=0)
+    lengths = (problem.ke.long().clamp(max=keys) - begins).clamp(min=0).tolist()
+    logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
+    compare(positions, logits, begins.clamp(max=keys).tolist(), lengths, k)
 
 
 @pytest.mark.usefixtures("turns")

@@ -1,8 +1,10 @@
-"""Would the tests notice?  Flips one small thing at a time in a copy of the package and runs a quick part of the tests.
+"""Would the tests notice?  Flips one small thing at a time in a copy of the tree and runs the tests that concern it.
 
-    python tools/mutate.py                all mutations; prints each one's fate, and the survivors at the end
-    python tools/mutate.py --only 3 17    these; --from 20: these and all after; --file cache: those of such files
-    python tools/mutate.py --check        only: does each still find its place?
+    python tools/mutate.py --jobs 12             all mutations; prints each one's fate, and the survivors at the end
+    python tools/mutate.py --file topk cache     those of files that are called so; --only 3 17: these
+    python tools/mutate.py --log fates.jsonl     writes each fate there, and goes on behind those that stand there
+    python tools/mutate.py --device cuda         on a GPU; what reads outside shows in the emulator alone
+    python tools/mutate.py --check               only: does each still find its place?
 
 A mutation is caught if a test fails, the compiler refuses it, or nothing comes back in time (a loop without an end).
 """
@@ -10,19 +12,23 @@ A mutation is caught if a test fails, the compiler refuses it, or nothing comes 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sm120" / "deep_gemm"
-PATIENCE = 240  # seconds
+PARTS = "sm120", "tests", "tools", "pyproject.toml"  # of the tree, that the tests need
 
 PAGED = [
     "test_paged.py::test_dims",
@@ -64,19 +70,22 @@ MANY = [
     "test_garbage.py::test_paged_lengths_and_tables",
 ]
 FEW = ["test_paged.py::test_one_short_row", *PAGED]
+SMALL = "test_sanitizers.py::test_small_problems"
 # For each file the tests that concern it, the likeliest to notice first: a run ends at the first failure.
 TESTS = {
     "sm120/kernels/metadata.cuh": ["test_metadata.py", "test_garbage.py::test_metadata"],
     "sm120/kernels/window.cuh": [
         "test_metadata.py::test_a_row_is_as_long_as_its_longest_token",
+        "test_garbage.py::test_lengths_at_the_ends_of_int32",
+        SMALL,
         *PAGED[3:9],
         *RAGGED,
         "test_garbage.py",
     ],
     "sm120/kernels/clean.cuh": [*CLEAN, "test_garbage.py::test_ragged"],
-    "sm120/kernels/formats.cuh": [*PAGED[:3], *ARCHITECTURES],
+    "sm120/kernels/formats.cuh": [*PAGED[:1], *ARCHITECTURES[:1], SMALL, *PAGED[1:3], *ARCHITECTURES[1:]],
     "sm120/kernels/ptx.cuh": [*PAGED[:6], "test_paged.py::TestForeignBytes", *ARCHITECTURES],
-    "sm120/kernels/score.cuh": [*FEW[:4], *PAGED, *RAGGED],
+    "sm120/kernels/score.cuh": [*FEW[:2], SMALL, *FEW[2:4], *PAGED, *RAGGED],
     "sm120/kernels/sinks.cuh": [
         "test_block_max.py::test_ragged",
         "test_block_max.py::test_next_n",
@@ -84,18 +93,35 @@ TESTS = {
         *RAGGED,
         *PAGED[:4],
     ],
-    "sm120/kernels/keys.cuh": [*FEW, *RAGGED, *MANY, "test_garbage.py"],
-    "sm120/kernels/stream.cuh": [*FEW, *RAGGED, *MANY],
-    "sm120/kernels/group.cuh": [*PAGED, *RAGGED, *MANY, "test_sharing.py", "test_fuzz.py"],
-    "sm120/kernels/rows.cuh": [*FEW, *MANY, "test_garbage.py", "test_sharing.py", "test_fuzz.py"],
+    "sm120/kernels/keys.cuh": [
+        "test_paged.py::test_page_sizes",
+        SMALL,
+        "test_paged.py::test_more_tiles_than_a_warp_has_lanes",
+        "test_garbage.py",
+        *FEW,
+        *RAGGED,
+        *MANY,
+        "test_sparse.py",
+    ],
+    "sm120/kernels/stream.cuh": [*FEW[:1], SMALL, *FEW[1:], *RAGGED, *MANY],
+    "sm120/kernels/group.cuh": [PAGED[0], SMALL, *PAGED, *RAGGED, *MANY, "test_rows.py", "test_sharing.py"],
+    "sm120/kernels/rows.cuh": [*FEW[:1], SMALL, *MANY, *FEW, "test_rows.py", "test_garbage.py", "test_sharing.py"],
     "sm120/kernels/ragged.cuh": [
+        RAGGED[0],
+        SMALL,
         *RAGGED,
         "test_garbage.py::test_ragged",
         "test_sharing.py",
         "test_fuzz.py::test_any_ragged",
     ],
-    "sm120/kernels/lists.cuh": ["test_sparse.py"],
-    "sm120/kernels/sparse_metadata.cuh": ["test_sparse.py"],
+    "sm120/kernels/lists.cuh": ["test_garbage.py::test_sparse", "test_sparse.py"],
+    "sm120/kernels/sparse_metadata.cuh": ["test_garbage.py::test_sparse", "test_sparse.py"],
+    "sm120/kernels/sparse.cuh": [
+        "test_sparse.py::test_one_row_with_and_without_a_warp_for_every_eight_keys",
+        "test_sparse.py::test_one_row_fills_the_chip",
+        "test_sparse.py::test_one_row",
+        "test_sparse.py::TestMetadata::test_foreign_bytes_write_nothing_outside",
+    ],
     "sm120/kernels/carry.cuh": [
         "test_topk.py::test_pages_and_offsets_of_pieces",
         "test_topk.py::test_a_ragged_prefill_takes_turns",
@@ -105,21 +131,36 @@ TESTS = {
     "sm120/kernels/listed_columns.cuh": ["test_sparse_topk.py"],
     "sm120/kernels/metadata.py": ["test_garbage.py::test_metadata", "test_metadata.py"],
     "sm120/kernels/logits.py": [
+        "test_garbage.py::test_a_grid_is_one_that_can_be_launched",
+        "test_paged.py::test_block_table_with_a_stride_of_its_own",
         *FEW[:4],
         *RAGGED,
-        "test_jit.py",
-        "test_sharing.py",
+        "test_rows.py",
         "test_garbage.py",
-        "test_large.py",
+        "test_sharing.py",
     ],
     "sm120/jit/cache.py": ["test_cache.py", "test_jit.py"],
     "sm120/jit/compiler.py": ["test_jit.py", "test_cache.py"],
     "sm120/jit/runtime.py": ["test_launch.py", "test_soak.py", "test_jit.py", "test_arguments.py"],
     "sm120/jit/shipped.py": ["test_launch.py"],
-    "sm120/checks.py": ["test_arguments.py"],
-    "sm120/arguments.py": ["test_arguments.py", "test_signatures.py"],
-    "sm120/paged.py": ["test_arguments.py", "test_signatures.py", "test_garbage.py", *PAGED],
-    "sm120/ragged.py": ["test_arguments.py", "test_signatures.py", "test_garbage.py::test_ragged", *RAGGED],
+    "sm120/checks.py": ["test_malformed.py", "test_arguments.py"],
+    "sm120/arguments.py": ["test_malformed.py", "test_arguments.py", "test_signatures.py"],
+    "sm120/paged.py": [
+        "test_malformed.py::test_nothing_is_launched_for_nothing",
+        "test_malformed.py",
+        "test_arguments.py",
+        *PAGED[:4],
+        "test_garbage.py::test_no_room_at_all",
+        "test_garbage.py::test_paged_lengths_and_tables",
+        "test_signatures.py",
+    ],
+    "sm120/ragged.py": [
+        "test_malformed.py",
+        "test_arguments.py",
+        *RAGGED,
+        "test_garbage.py::test_ragged",
+        "test_signatures.py",
+    ],
     "sm120/debug.py": ["test_debug.py"],
     "__init__.py": ["test_face.py"],
 }
@@ -308,26 +349,38 @@ MUTATIONS = {
         "if (p.columns) window.end = min(window.end, «window.begin + p.columns → p.columns»);",
         "if (lane.id >= Group::kSize || token «>= → >» p.windows.rows) return {0, 0};",
         "empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1);",
-        "const int share = (last - first« - 1) / int(gridDim.y) + 1 → ) / int(gridDim.y)»;",
-        "from = first + int(blockIdx.y) * share, to = min(last, from« + share → »);",
+        "from = first + piece * block + min(block, longer), to = first + piece * («block + 1 → block») + min",
+        "to = «min(to - group * p.parts, p.parts) → to - group * p.parts»;",
+        "first + share * to + min(to, «longer → 0»), p.columns",
+        "if (tile == kNever) done = group * p.parts + to, tile = «0 → tile»;",
     ],
     "sm120/kernels/lists.cuh": [
-        "if (head.seal != seal) head.columns = «0 → limit»;",
-        "head.columns = max(0, «min(head.columns, limit) → head.columns»);",
+        "return max(0, min(head.seal == seal ? head.columns : «0 → limit», limit));",
+        "return max(0, «min(head.seal == seal ? head.columns : 0, limit) → head.seal == seal ? head.columns : 0»);",
         "start = slot * share + max(0, slot - (slots - total % slots« → - 1»));",
         "if (start «>= → >» total) return {rows, 0};",
         "step * lane.id < span && head(probe).before «<= → <» start;",
         "return {row, max(0, start - «head(row).before → 0»)};",
     ],
     "sm120/kernels/sparse_metadata.cuh": [
-        "first = «min(window.begin, p.windows.limit) → window.begin»;",
-        "(max(0, window.end - first) + p.block« - 1 → ») / p.block);",
-        "return «min(p.width, (max → (1, (max»(0, window.end",
-        "int64(row) * p.pitch) = {int(p.seal), columns, «before → 0», 0};",
-        "«min(int64(page) * p.blocks_per_page + id % p.blocks_per_page, 0xffffffffll) → page * p.blocks_per_page»;",
-        "(p.unaligned ? «first % p.block → 0» : 0)",
-        "list + «min(base + i * threads, entries - 1) → (base + i * threads)»);",
-        "table + «min(ids[i] / p.blocks_per_page, p.pages_per_row - 1u) → ids[i] / p.blocks_per_page»);",
+        "int(ptx::load_word(p.windows.starts + row)), 0)«, p.windows.limit → , 0x7fffffff»);",
+        "keys / kBlock« + (keys % kBlock > 0) → »);",
+        "return «min(uint32(p.width), keys → (keys»",
+        "= {int(p.seal), entries * kBlock, «before → 0», 0};",
+        "«min(int64(page) * kBlocks + id % kBlocks, 0xffffffffll) → page * kBlocks»;",
+        "(p.unaligned ? «first % kBlock → 0» : 0)",
+        "ids[i] = «at + i * threads < p.width → true» ?",
+        "if (at >= entries && at < written) ids[i] = ptx::load_word(list + entries« - 1 → »);",
+        "table + «min(ids[i] / kBlocks, p.pages_per_row - 1u) → ids[i] / kBlocks»);",
+        "if («base + i * threads < written → true») places",
+    ],
+    "sm120/kernels/sparse.cuh": [
+        "ptx::load_word(list + 4 * («min(eight, last) → eight» / Source::kEights));",
+        "if («eight < count → true») {",
+        "if (kPage) place = «min(place, p.keys.places - 1) → place»;",
+        "if (warp < kHeads / 8« → - 1») {",
+        "«__syncthreads(); → »",
+        "sink.take(«lane.g < 2 → lane.g < 1» ?",
     ],
     "sm120/kernels/metadata.py": [
         "limit = min(NO_LIMIT« - 255 → », NO_LIMIT",
@@ -339,7 +392,7 @@ MUTATIONS = {
         "p.slots_inverse = min(2**32 - 1, «2**32 // slots → 2**32 // slots - 1»)",
         "p.pages = kv_cache.shape[0]« → + 1»",
         "p.table_stride = block_table.stride()[«0 → 1»]",
-        "-(-keys // (TILE * config.warps)), «65535 → 65536»))",
+        "groups, tiles = «-(- → (»rows // min(32, config.warps",
     ],
     "sm120/jit/cache.py": [
         "if digest(entry[_DIGEST_BYTES:]) «!= → ==» entry[:_DIGEST_BYTES]:",
@@ -449,6 +502,21 @@ MUTATIONS = {
         "ends[0], ends[-1] = place[0] != 0, «place[-1] != total → False»",
         "ends - starts «> → >=» columns,",
         "index = wrong.nonzero()[«0 → -1»].tolist()",
+        "torch.where(«counts → counts > -1», sparse_kv_block_indices // (page // block), 0)",
+        "(block_table < 0)« & used → »,",
+        "listed & (blocks «>= → >» places)",
+        "listed = torch.arange(blocks.shape[1]) «< → <=» columns[:, None] // block",
+        "(starts < 0) | (starts «> → >=» columns)",
+        "rest -= «starts → 0»",
+        "(lengths < 0) | (lengths «> → >=» rest * unit)",
+        "(lengths > rest« * unit → »)",
+        "(on_page > 0) & ((block_table < 0) | (block_table «> → >=» most))",
+        "wrong = «(on_page > 0) → (on_page > -99)» & ((block_table < 0)",
+        "most = 2**31 // page_count« - 1 → »",
+        "block_table * page_count + on_page.clamp(max=page_count)« - 1 → »",
+        "wrong = «(lengths > 0) → (lengths > -1)» & ((offset < 0)",
+        "(offset < 0) | (offset + largest «>= → >» 2**31)",
+        "(lengths < 0) | (lengths «> → >=» most), f",
     ],
     "__init__.py": [
         'if device.type != "cuda" or os.environ.get("DG_SM120_FORCE") == "«1 → 0»":',
@@ -463,6 +531,7 @@ MUTATIONS = {
 EXPLAINED = {
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
+    "count = «max(window.end - window.begin, 0) → window.end - window.begin»;": "no column is less than either",
     "if (missing «< → <=» active) return cut;": "cuts a group a tile earlier, alike for both slots that meet there",
     "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
     "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
@@ -489,65 +558,133 @@ def misplaced() -> list[str]:
     return [f"{m.file}: '{m.applied(False)}' is there {count} times" for m, count in counts if count != 1]
 
 
-def survives(mutation: Mutation | None, tests: list[str]) -> tuple[bool, str]:
-    """Whether the tests pass on a mutated copy (None: as it is), and what caught it."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder, "deep_gemm")
-        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        if mutation:
-            file = package / mutation.file
-            file.write_text(file.read_text().replace(mutation.applied(False), mutation.applied(True)))
-        environment = os.environ | {
-            "PYTHONPATH": folder,
-            "DG_JIT_CACHE_DIR": str(Path(folder, "cache")),
-            "DG_TEST_DEVICES": "cpu",
-            "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(folder, "examples")),
-        }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += [f"tests/{test}" for test in tests]
-        try:
-            run = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                capture_output=True,
-                timeout=PATIENCE if mutation else None,
-            )
-        except subprocess.TimeoutExpired:
-            return False, "no end"
-    if run.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return run.returncode == 0, failed[0].split(" - ")[0] if failed else ""
+class Fate(NamedTuple):
+    file: str
+    text: str
+    survives: bool
+    by: str  # what caught it
+    seconds: int
+
+
+def _run(tree: Path, tests: list[str], device: str) -> None:
+    """Runs tests of `tree`, in a process of its own, and ends with pytest's status."""
+    os.setsid()
+    report = os.open(tree / "report.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(report, 1), os.dup2(report, 2)
+    os.chdir(tree)
+    os.environ.update(
+        PYTHONPATH=str(tree / "sm120"),
+        PYTHONDONTWRITEBYTECODE="1",
+        DG_JIT_CACHE_DIR=str(tree / "cache"),
+        DG_TEST_DEVICES=device,
+        HYPOTHESIS_STORAGE_DIRECTORY=str(tree / "examples"),
+    )
+    sys.path.insert(0, str(tree / "sm120"))
+    sys.dont_write_bytecode = True
+    import pytest
+    import torch
+
+    torch.seed()  # the process that this one was forked from has one for all
+    chosen = [f"tests/{test}" for test in dict.fromkeys(tests)]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *chosen]))
+
+
+def _copy(source: Path, tree: Path) -> Path:
+    for part in PARTS:
+        if (source / part).is_dir():
+            shutil.copytree(source / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source / part, tree / part)
+    return tree
+
+
+def passes(tree: Path, tests: list[str], device: str, patience: float | None = None) -> tuple[bool, str]:
+    """Whether tests pass in a tree, and if not, what failed."""
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(tree, tests, device))
+    process.start()
+    process.join(patience)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return False, "no end"
+    report = (tree / "report.txt").read_text(errors="replace")
+    if process.exitcode not in (0, 1, 2) and process.exitcode >= 0:  # 2: what the tests import fails
+        raise RuntimeError(f"pytest ended with {process.exitcode}:\n{report[-4000:]}")
+    failed = [line for line in report.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if process.exitcode == 0:
+        return True, ""
+    return False, failed[0].split(" - ")[0] if failed else f"status {process.exitcode}"
+
+
+def fate(mutation: Mutation, base: Path, device: str, patience: float, until: float) -> Fate | None:
+    """What becomes of a mutation of the tree `base`; None if time is up before it is known."""
+    start = time.monotonic()
+    if start > until:
+        return None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        tree = _copy(base, Path(folder))
+        if not mutation.file.endswith(".cuh"):  # the kernels are as they were
+            shutil.copytree(base / "cache", tree / "cache")
+        file = tree / "sm120" / "deep_gemm" / mutation.file
+        file.write_text(file.read_text().replace(mutation.applied(False), mutation.applied(True)))
+        passed, by = passes(tree, TESTS[mutation.file], device, min(patience, until - start))
+    if by == "no end" and time.monotonic() > until:
+        return None
+    return Fate(*mutation, passed, by, round(time.monotonic() - start))
+
+
+def fates(
+    mutations: list[Mutation], jobs: int, device: str, patience: float, until: float, sound: bool
+) -> Iterator[Fate]:
+    """The fates of mutations as they become known; first, unless it is known, whether the tests pass without any."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        base = _copy(ROOT, Path(folder))
+        (base / "cache").mkdir()
+        if not sound:
+            tests = list(dict.fromkeys(test for mutation in mutations for test in TESTS[mutation.file]))
+            passed, by = passes(base, tests, device)
+            if not passed:
+                raise SystemExit(f"the tests fail on the tree as it is: {by}")
+        known = [pool.submit(fate, mutation, base, device, patience, until) for mutation in mutations]
+        for future in as_completed(known):
+            if future.result() is not None:
+                yield future.result()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, nargs="+", help="numbers of mutations")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first mutation")
-    parser.add_argument("--file", default="", help="part of the names of files")
+    parser.add_argument("--file", nargs="+", default=[""], help="parts of the names of files, in turn")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--log", type=Path, help="a file of fates, which are added to, and not found out again")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests run")
+    parser.add_argument("--patience", type=float, default=240, help="seconds after which nothing will come back")
+    parser.add_argument("--seconds", type=float, default=1e9, help="what is not known after so many is left unknown")
+    parser.add_argument("--sound", action="store_true", help="the tests are known to pass on the tree as it is")
     parser.add_argument("--check", action="store_true", help="only see that every mutation finds its place")
     arguments = parser.parse_args()
-    lost = misplaced()
+    lost, until = misplaced(), time.monotonic() + arguments.seconds
     print("\n".join(lost) or f"{len(ALL)} mutations find their place")
     if lost or arguments.check:
         return bool(lost)
-    passed, by = survives(None, list(dict.fromkeys(t for f, ts in TESTS.items() if arguments.file in f for t in ts)))
-    if not passed:
-        print(f"the tests fail on the package as it is: {by}")
-        return 1
-    left = []
-    for number in arguments.only or range(arguments.first, len(ALL)):
-        mutation, start = ALL[number], time.monotonic()
-        if arguments.file not in mutation.file:
-            continue
-        survived, by = survives(mutation, TESTS[mutation.file])
-        left += [mutation] * survived
-        fate = f"SURVIVES {EXPLAINED.get(mutation.text, '')}" if survived else f"caught by {by}"
-        print(f"{number:2} {mutation.file}: {mutation.text}  {fate} ({time.monotonic() - start:.0f} s)", flush=True)
-    print(f"{len(left)} survive")
-    return any(mutation.text not in EXPLAINED for mutation in left)
+
+    known = arguments.log.read_text().splitlines() if arguments.log and arguments.log.exists() else []
+    known = {Mutation(fate.file, fate.text): fate for fate in (Fate(*json.loads(line)) for line in known)}
+    chosen = [ALL[number] for number in arguments.only or range(len(ALL))]
+    chosen = list(dict.fromkeys(m for part in arguments.file for m in chosen if part in m.file))
+    left = [known[mutation] for mutation in chosen if mutation in known and known[mutation].survives]
+    chosen = [mutation for mutation in chosen if mutation not in known]
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.jobs > 1 else str(os.cpu_count()))
+    multiprocessing.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])
+    for one in fates(chosen, arguments.jobs, arguments.device, arguments.patience, until, arguments.sound):
+        if arguments.log:
+            with arguments.log.open("a") as log:
+                log.write(json.dumps(one) + "\n")
+        left += [one] * one.survives
+        what = f"SURVIVES {EXPLAINED.get(one.text, '')}" if one.survives else f"caught by {one.by}"
+        print(f"{ALL.index(one[:2]):3} {one.file}: {one.text}  {what} ({one.seconds} s)", flush=True)
+    print(f"{len(left)} survive, {sum(one.text in EXPLAINED for one in left)} of them explained")
+    return any(one.text not in EXPLAINED for one in left)
 
 
 if __name__ == "__main__":

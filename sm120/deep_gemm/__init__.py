@@ -41,7 +41,7 @@ def _dispatched(ours: Callable) -> Callable:
     @functools.wraps(ours)
     def call(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next((kwargs[name] for name in _FIRST if name in kwargs), None)
-        if isinstance(first, (tuple, list)):  # (values, scales)
+        if isinstance(first, (tuple, list)) and first:  # (values, scales)
             first = first[0]
         if not isinstance(first, torch.Tensor) or _is_ours(first.device):
             return ours(*args, **kwargs)  # an argument of another type is an error there

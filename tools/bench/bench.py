@@ -11,6 +11,8 @@ decode    requests of equal length, each with pages of its own; next_n query tok
 prefill   4,096 query tokens of one sequence as SGLang makes them: paged rows, their lengths growing by 1 every 4 rows
 ragged    4,096 query tokens over one run of keys, their lengths growing by 1 every row
 metadata  the schedule of rows of random lengths
+topk      the 512 best of random scores, as places in pages: beside SGLang's kernels, vLLM's and torch's
+indexer   decode, logits and top-k: ours in one call, DeepGEMM's logits followed by SGLang's top-k
 
 Each result is first compared with float64 on a sample of its rows; one that is wrong is reported and not timed. Times
 are between CUDA events, the launches queued up beforehand. Cold: L2 is filled by reading something else before each
@@ -44,15 +46,18 @@ import torch
 if importlib.util.find_spec("deep_gemm") is None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "sm120"))
 
-from cases import METADATA_ROWS, PAGE, Case, figures, plan
+from cases import METADATA_ROWS, PAGE, Case, figures, plan, short
 from clock import Clock, measure_ceilings
 from contenders import Prepare, Unsupported, find_peers
+from indexer import has_indexer, run_indexer, run_topk, steps, topk_cases
 from inputs import Cache, Inputs, poison, relative_error
 from results import as_text, rounded, show, summary, write
+from topk_peers import Peer
+from topk_peers import find as find_choices
 
 import deep_gemm
 from deep_gemm import sm120
-from deep_gemm.sm120 import reference
+from deep_gemm.sm120 import reference, upstream
 from deep_gemm.sm120.jit import architecture_of
 
 SCHEMA = 1
@@ -78,8 +83,15 @@ def judge(inputs: list[Inputs], prepare: Prepare) -> tuple[list[Callable], dict[
     return calls, {"status": "right", "error": error}
 
 
-def run_case(case: Case, cache: Cache, peers: dict[str, Prepare], clock: Clock, ceilings: dict) -> list[dict]:
-    """One entry for each peer: what it said, and what its cold and warm times mean."""
+def run_case(
+    case: Case,
+    cache: Cache,
+    peers: dict[str, Prepare],
+    clock: Clock,
+    ceilings: dict,
+    choices: dict[str, Peer] | None = None,
+) -> list[dict]:
+    """One entry for each peer: what it said, and what its cold and warm times mean; and the indexer with `choices`."""
     inputs = cache.inputs(case, SETS if case.footprint < 1 << 30 else 1)
     entries = []
     for name, prepare in peers.items():
@@ -89,6 +101,10 @@ def run_case(case: Case, cache: Cache, peers: dict[str, Prepare], clock: Clock, 
                 timing = clock.time(chosen, cold=mode == "cold")
                 entry[mode] = {**asdict(timing), **figures(case, timing.median_us, ceilings)}
         entries.append({**asdict(case), "name": case.name, "peer": name, **entry})
+    if choices is not None and has_indexer(case) and entries[0]["status"] == "right":
+        packages = {name: prepare for name, prepare in peers.items() if name in upstream.CANDIDATES}
+        logits = peers["ours"](inputs[0])().clone()
+        entries += run_indexer(inputs, logits, steps(packages, choices), clock)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the next case has other sizes
     return entries
@@ -129,10 +145,12 @@ def run(args: argparse.Namespace, device: torch.device, say: Callable[[str], Non
     """Everything: the content of bench.json."""
     began = time.monotonic()
     peers, missing = find_peers()
+    choices, others = find_choices()
+    missing.update(others)
     if args.peers:
-        missing.update({name: "not asked for" for name in peers if name not in (*args.peers, "ours")})
-        peers = {name: prepare for name, prepare in peers.items() if name not in missing}
-    say(f"peers: {', '.join(peers)}")
+        missing.update({name: "not asked for" for name in (*peers, *choices) if name not in (*args.peers, "ours")})
+        peers, choices = ({name: who for name, who in of.items() if name not in missing} for of in (peers, choices))
+    say(f"peers: {', '.join(dict.fromkeys((*peers, *choices)))}")
     for name, reason in missing.items():
         say(f"not here: {name} ({reason})")
     with exact_tf32():
@@ -150,6 +168,9 @@ def run(args: argparse.Namespace, device: torch.device, say: Callable[[str], Non
         }
         for rows in METADATA_ROWS[1:3] if args.quick else METADATA_ROWS:
             result["results"] += run_metadata(rows, device, peers, clock)
+        for case in topk_cases(args.quick):
+            result["results"] += (entries := run_topk(case, choices, clock, device))
+            say("  ".join(map(summary, entries)))
         cases = plan(args.quick, args.heads)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
@@ -174,7 +195,7 @@ def run(args: argparse.Namespace, device: torch.device, say: Callable[[str], Non
                     if time.monotonic() - began > 60 * args.minutes:
                         result["left_out"][case.name] = "out of time"
                         continue
-                    entries = run_case(case, cache, peers, clock, ceilings)
+                    entries = run_case(case, cache, peers, clock, ceilings, choices)
                     result["results"] += entries
                     say("  ".join(summary(entry) for entry in entries if entry["status"] != "unsupported"))
     result["took_s"] = time.monotonic() - began
@@ -245,6 +266,9 @@ def show_plan(args: argparse.Namespace) -> None:
         rows.append([case.name, *cells, f"{case.flops / case.bytes:.0f}", f"{case.footprint * 1e-9:.3g}"])
     show(headings, rows, as_text(headings, rows))
     print(f"{len(rows)} cases, and metadata of {METADATA_ROWS} rows; cold and warm; every peer that is installed")
+    choices = ", ".join(f"{rows} x {short(keys)}" for rows, keys, _ in topk_cases(args.quick))
+    steps = ", ".join(case.name for case in plan(args.quick, args.heads) if has_indexer(case))
+    print(f"top-k: {choices}\nlogits with top-k behind them: {steps}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

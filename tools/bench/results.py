@@ -23,9 +23,11 @@ def rounded(value: Any) -> Any:
 def summary(entry: dict) -> str:
     if "cold" not in entry:
         return f"{entry['peer']}: {entry['status'].upper()} {entry.get('reason', entry.get('error'))}"
-    if entry["peer"] != "ours" or "of_roof" not in entry["cold"]:
-        return f"{entry['peer']} {entry['cold']['median_us']:.1f} us"
     cold = entry["cold"]
+    if entry["peer"] != "ours":
+        return f"{entry['peer']} {cold['median_us']:.1f} us"
+    if "of_roof" not in cold:
+        return f"{entry['name']}: {cold['median_us']:.1f} us,"
     return f"{entry['name']}: {cold['median_us']:.1f} us, {cold['tbps']:.2f} TB/s, {cold['tflops']:.0f} TFLOPS,"
 
 

@@ -46,14 +46,24 @@ class Function:
             checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, torch.cuda.current_device()))
         self.handle = driver.CUfunction(int(kernel))
 
-    def bind(self, grid: tuple[int, int, int], threads: int, *arguments: bytes) -> Callable[[], None]:
-        """The call that launches it on the current stream."""
+    def bind(
+        self, grid: tuple[int, int, int], threads: int, *arguments: bytes, overlap: bool = False
+    ) -> Callable[[], None]:
+        """The call that launches it on the current stream; with `overlap` its blocks are set up while the kernel before
+        it still runs (programmatic dependent launch)."""
         values = [ctypes.create_string_buffer(argument, len(argument)) for argument in arguments]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared_bytes
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], int(overlap)
 
         def call(_=values) -> None:
-            stream, where = torch.cuda.current_stream().cuda_stream, ctypes.addressof(pointers)
-            checked(driver.cuLaunchKernel(self.handle, *grid, threads, 1, 1, self.shared_bytes, stream, where, 0))
+            config.hStream = torch.cuda.current_stream().cuda_stream
+            checked(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
         return call
 
@@ -81,8 +91,8 @@ def encode(described: peer.TensorMap) -> bytes:
 class PeerKernels:
     """Loads and launches the peer's kernels; `cubin_of` has the symbol and the cubin of a kernel in a form."""
 
-    def __init__(self, cubin_of: Callable[[peer.Kernel, str], tuple[str, bytes]]) -> None:
-        self.cubin_of = cubin_of
+    def __init__(self, cubin_of: Callable[[peer.Kernel, str], tuple[str, bytes]], overlap: bool = False) -> None:
+        self.cubin_of, self.overlap = cubin_of, overlap
         self.functions: dict[tuple[str, peer.Kernel], Function] = {}
 
     def bind(self, launch: peer.Launch, form: str) -> Callable[[], None]:
@@ -91,7 +101,7 @@ class PeerKernels:
         if key not in self.functions:
             self.functions[key] = Function(*self.cubin_of(launch.kernel, form), launch.kernel.shared_bytes)
         arguments = (encode(a) if isinstance(a, peer.TensorMap) else struct.pack(*a) for a in launch.arguments)
-        return self.functions[key].bind(launch.grid, launch.kernel.threads, *arguments)
+        return self.functions[key].bind(launch.grid, launch.kernel.threads, *arguments, overlap=self.overlap)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ import peer
 import sparse_peer
 import torch
 from silicon import Built, several
-from silicon_card import Clock, PeerKernels, architecture
+from silicon_card import Clock, Function, PeerKernels, architecture, empty_us
 from silicon_cases import random_bytes, random_scales, short
 from substitute import COUNTS, FORMS, GEOMETRY, NATIVE, Tree, number_pairs, replace_mma
 
@@ -238,6 +239,45 @@ def their_calls(kernels: PeerKernels, form: str, it: Inputs, sms: int) -> tuple[
     return functools.partial(lambda call, _: call(), plan_call, keep), functools.partial(lambda c, _: c(), call, keep)
 
 
+# ---- the floor ------------------------------------------------------------------------------------------------------
+
+# One row, and of what it takes only what waits for each other: a warp for eight keys, as ours has it, looks up their
+# place, then reads all of them, then stores a logit's bytes. No query, no MMA, no sums.
+FLOOR = """
+extern "C" __global__ __launch_bounds__(512, 1)
+void floor_of_one_row(const unsigned char* places, const unsigned char* cache, unsigned page_stride, unsigned width,
+                      unsigned short* logits) {
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned eight = blockIdx.x + gridDim.x * (threadIdx.x / 32); eight < width; eight += gridDim.x * 16) {
+        unsigned place, words[4], scale;
+        asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(place) : "l"(places + 4 * eight));
+        const unsigned char* page = cache + (unsigned long long)(place / 8) * page_stride;
+        asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]),
+                     "=r"(words[3]) : "l"(page + place % 8 * 512 + 16 * lane));
+        asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(scale) : "l"(page + 64 * 64 + place % 8 * 32 + lane / 4 * 4));
+        if (lane < 8) logits[8 * eight + lane] = words[0] ^ words[1] ^ words[2] ^ words[3] ^ scale;
+    }
+}
+"""
+
+
+@functools.cache
+def floor_kernel() -> Function:
+    name = "floor_of_one_row"
+    return Function(name, peer.build(FLOOR, name, [f"--gpu-architecture={architecture()}"], {}).cubin)
+
+
+def floor_call(tree: Tree, it: Inputs, sms: int) -> Callable[[], None]:
+    """The least that one row takes, on our metadata."""
+    metadata = our_metadata(tree, it)()
+    places = metadata.data_ptr() + 192 + 16  # of the first row, see lists.cuh
+    arguments = ("Q", places), ("Q", it.kv_cache.data_ptr()), ("I", it.kv_cache.stride(0)), ("I", WIDTH)
+    launch = floor_kernel().bind(
+        (sms, 1, 1), 512, *(struct.pack(*a) for a in (*arguments, ("Q", it.logits.data_ptr())))
+    )
+    return functools.partial(lambda call, _: call(), launch, metadata)
+
+
 def error(it: Inputs, form: str, logits: torch.Tensor, dequantize: Callable) -> float:
     """Relative norm over a few rows."""
     apart = length = 0.0
@@ -287,6 +327,8 @@ def measure(
             calls[0]()
             off[tree.label] = error(made[0], form, made[0].logits, tree.reference.dequantize)
             times[tree.label] = clock.time(calls, case.launches)
+            if form == forms[0] and case.rows == 1:
+                times["floor"] = clock.time([floor_call(tree, it, sms) for it in made], case.launches)
             if form == forms[0]:
                 times[f"{tree.label} metadata"] = clock.time([our_metadata(tree, it) for it in made], case.launches)
             if case.dense:
@@ -303,6 +345,8 @@ def line(measured: dict, label: str) -> str:
         words.append(f"{form} {us[label]:.1f}/{us['peer']:.1f}={us['peer'] / us[label]:.2f}")
         if f"{label} metadata" in us:
             words.append(f"meta {us[f'{label} metadata']:.1f}/{us['peer metadata']:.1f}")
+        if "floor" in us:
+            words.append(f"floor {us['floor']:.1f}")
         if f"{label} dense" in us:
             words.append(f"dense {us[f'{label} dense']:.1f} ({us[f'{label} dense'] / us[label]:.2f})")
         worst = max((value, side) for side, value in of["off"].items() if side != "peer")
@@ -324,16 +368,29 @@ does, with metadata from its own kernel; no release launches it. us are ours / t
 over ours. Off is the relative norm of the difference from float64, ours / the peer's.
 
 """
+DENSE = """
+
+## Beside our own dense call
+
+The same rows and keys, all of them scored, bf16 logits; {form}. The floor is a kernel for one row that does only what
+must wait for each other: it looks up the place of eight keys, reads them and stores as many bytes as there are logits,
+on our metadata, with as many warps as ours. Ours cannot be faster, whatever else it does; an empty kernel takes
+{empty:.2f} us here.
+
+"""
 
 
 def document(report: dict) -> str:
     forms = list(report["cases"][0]["forms"])
     heads = ["case", *(part for form in forms for part in (f"{form}, us", "ratio")), "metadata, us", "off"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    dense = ["| case | sparse, us | dense, us | ratio |", "| --- | ---: | ---: | ---: |"]
+    dense = [
+        "| case | sparse, us | dense, us | dense / sparse | floor, us | dense / floor |",
+        "| --- |" + " ---: |" * 5,
+    ]
     for case in report["cases"]:
         us = {form: of["us"] for form, of in case["forms"].items()}
-        (label,) = {name for name in us[forms[0]] if " " not in name} - {"peer"}
+        (label,) = {name for name in us[forms[0]] if " " not in name} - {"peer", "floor"}
         cells = [case["name"]]
         for form in forms:
             mine, theirs = us[form][label], us[form]["peer"]
@@ -344,17 +401,14 @@ def document(report: dict) -> str:
         if case["dense"]:
             last = us[forms[-1]]
             mine, all_keys = last[label], last[f"{label} dense"]
-            dense.append(f"| {case['name']} | {mine:.1f} | {all_keys:.1f} | {all_keys / mine:.2f} |")
+            floor = (f"{first['floor']:.2f}", f"{all_keys / first['floor']:.2f}") if "floor" in first else ("", "")
+            mine_and_all = f"{mine:.2f} | {all_keys:.2f} | {all_keys / mine:.2f}"
+            dense.append(f"| {case['name']} | {mine_and_all} | {' | '.join(floor)} |")
         else:
             lines.append("| " + " | ".join(cells) + " |")
     native = ": no SM120 card" if forms != [NATIVE] else ""
     text = TEXT.format(native=native, date=report["date"], device=report["device"], sms=report["sms"])
-    return (
-        text
-        + "\n".join(lines)
-        + f"\n\n## Beside our own dense call\n\nThe same rows and keys, all of them scored, bf16 "
-        f"logits; {forms[-1]}.\n\n" + "\n".join(dense) + "\n"
-    )
+    return text + "\n".join(lines) + DENSE.format(form=forms[-1], empty=report["empty"]) + "\n".join(dense) + "\n"
 
 
 def main() -> int:
@@ -384,7 +438,8 @@ def main() -> int:
     for case in cases:
         results.append(measure(case, forms, trees, kernels, clock, cache, sms))
         print(line(results[-1], trees[-1].label), flush=True)
-    report = {"date": str(date.today()), "device": torch.cuda.get_device_name(device), "sms": sms, "cases": results}
+    report = {"date": str(date.today()), "device": torch.cuda.get_device_name(device), "sms": sms}
+    report |= {"empty": empty_us(clock, sms), "cases": results}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1))
     elif not arguments.tree and not arguments.case:

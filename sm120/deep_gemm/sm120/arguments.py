@@ -109,9 +109,9 @@ def key_pages(kv_cache: Any, row_bytes: int, device: torch.device, multiple: int
     return page, page_stride
 
 
-def block_table(block_table: Any, rows: int, device: torch.device) -> torch.Tensor:
+def block_table(block_table: Any, rows: int, device: torch.device, other: str = "q") -> torch.Tensor:
     """`block_table`, int32 [rows, columns], of any row stride, zero too, that keeps it within 2^31 entries."""
-    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device, "q")
+    checks.tensor("block_table", block_table, INT32, (rows, _COLUMNS), device, other)
     table_stride, entry_stride = block_table.stride()
     if entry_stride != 1 and block_table.shape[1] > 1 or rows * table_stride >= 2**31:
         refuse("block_table", block_table, "stride 1 in the last dimension, and rows within 2^31 entries")
@@ -149,10 +149,10 @@ def schedule(schedule_meta: Any, device: torch.device) -> int:
     return slots
 
 
-def block_lists(lists: Any, rows: int | Open, device: torch.device, block: int) -> torch.Tensor:
+def block_lists(lists: Any, rows: int | Open, device: torch.device, block: int, other: str = "") -> torch.Tensor:
     """`sparse_kv_block_indices`, int32 [rows, width], of any row stride, of blocks of `block` keys."""
     name = "sparse_kv_block_indices"
-    checks.tensor(name, lists, INT32, (rows, _WIDTH), device)
+    checks.tensor(name, lists, INT32, (rows, _WIDTH), device, other)
     rows, width = lists.shape
     row_stride, entry_stride = lists.stride()
     if width < 1 or width > 1 and entry_stride != 1 or row_stride < 0:
@@ -196,11 +196,18 @@ def key_run(
     return keys, checks.contiguous("kv scales", scales)
 
 
-def bounds(starts: Any, ends: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+def bounds(
+    starts: Any,
+    ends: Any,
+    rows: int,
+    device: torch.device,
+    names: tuple[str, str] = ("cu_seq_len_k_start", "cu_seq_len_k_end"),
+    other: str = "q",
+) -> dict[str, torch.Tensor]:
     """The bounds of each row's keys by name, contiguous int32 [rows] both."""
-    named = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
+    named = dict(zip(names, (starts, ends)))
     for name, bound in named.items():
-        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device, "q"))
+        checks.contiguous(name, checks.tensor(name, bound, INT32, (rows,), device, other))
     return named
 
 

@@ -69,13 +69,18 @@ def boolean(argument: str, value: Any) -> bool:
 
 def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
     """Refuses tensors that begin where no element of theirs can (where no word of four bytes can, if it has one byte:
-    kernels read words), and outputs that share memory with an input. Only suspects are looked at closely.
+    kernels read words), and outputs that share memory with an input or another output. Only suspects are looked at
+    closely.
     """
-    together = 0
+    together, before = 0, []
     for output in outputs.values():
         start = output.data_ptr()
         end = start + output.untyped_storage().nbytes()
         together |= start
+        for other, other_end in before:
+            if other < end and start < other_end:
+                _apart(inputs, outputs)
+        before.append((start, end))
         for value in inputs.values():
             if value is not None:
                 address = value.data_ptr()
@@ -83,9 +88,10 @@ def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torc
                 if address < end and start < address + value.untyped_storage().nbytes():
                     _apart(inputs, outputs)
     if together & 3:
-        for name, value in (*inputs.items(), *outputs.items()):
+        written = [(_ARGUMENT.get(name, name), value) for name, value in outputs.items()]
+        for name, value in (*inputs.items(), *written):
             if value is not None and value.data_ptr() % (needed := _ALIGNMENT.get(value.itemsize, 4)):
-                refuse(_ARGUMENT.get(name, name), value, f"a tensor that begins at a multiple of {needed} bytes")
+                refuse(name, value, f"a tensor that begins at a multiple of {needed} bytes")
 
 
 _ALIGNMENT = {2: 2}  # bytes of an element -> of its address
@@ -93,10 +99,12 @@ _ARGUMENT = {"logits": "out"}  # what kernels write -> what callers call it
 
 
 def _apart(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
+    others = dict(inputs)
     for name, output in outputs.items():
-        for other, value in inputs.items():
+        for other, value in others.items():
             if value is not None and overlap(output, value):
                 refuse(_ARGUMENT.get(name, name), output, f"memory of its own; this is {other}'s as well")
+        others[_ARGUMENT.get(name, name)] = output
 
 
 def overlap(rows: torch.Tensor, value: torch.Tensor) -> bool:
@@ -115,10 +123,11 @@ def overlap(rows: torch.Tensor, value: torch.Tensor) -> bool:
 def _extent(value: torch.Tensor) -> tuple[int, int, int, int]:
     """Address and bytes of a tensor, bytes from row to row, and bytes of a row (all but the first dimension)."""
     last = [(size - 1) * stride for size, stride in zip(value.shape, value.stride())]
-    row = (sum(last[1:]) + 1) * value.itemsize
     size = (sum(last) + 1) * value.itemsize
-    stride = value.stride()[0] * value.itemsize if value.dim() > 1 and value.shape[0] > 1 else size
-    return value.data_ptr(), size, max(stride, row), row
+    if value.dim() < 2 or value.shape[0] < 2:
+        return value.data_ptr(), size, size, size
+    row = (sum(last[1:]) + 1) * value.itemsize
+    return value.data_ptr(), size, max(value.stride()[0] * value.itemsize, row), row
 
 
 def _describe(value: Any) -> str:
@@ -126,5 +135,5 @@ def _describe(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor {list(value.shape)} with strides {list(value.stride())} on {value.device}"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_describe, value))})"
+        return f"({', '.join(map(_describe, value[:4]))}{', ...' if len(value) > 4 else ''})"
     return f"{value!r} ({type(value).__name__})" if value is not None else "None"

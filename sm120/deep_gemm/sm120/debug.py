@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 from .checks import ArgumentError
+from .kernels.sparse import FIRST_ROW
 
 ON = os.environ.get("DG_SM120_DEBUG") == "1"
 
@@ -25,7 +27,7 @@ def _unless_captured(look: Callable) -> Callable:
     @functools.wraps(look)
     def looked(*tensors, **sizes) -> None:
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            look(*(tensor.cpu().long() for tensor in tensors), **sizes)
+            look(*(None if tensor is None else tensor.cpu().long() for tensor in tensors), **sizes)
 
     return looked
 
@@ -75,10 +77,17 @@ def _schedule(schedule_meta: torch.Tensor, splits: torch.Tensor) -> None:
 
 
 @_unless_captured
-def ragged(starts: torch.Tensor, ends: torch.Tensor, *, keys: int, columns: int, block: int = 1) -> None:
+def ragged(
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    keys: int,
+    columns: int = 0,
+    block: int = 1,
+    names: tuple[str, str] = ("cu_seq_len_k_start", "cu_seq_len_k_end"),
+) -> None:
     """Bounds within the keys, in order, and no further apart than there are columns (0: one for each key), in which
     blocks of `block` keys begin."""
-    names = "cu_seq_len_k_start", "cu_seq_len_k_end"
     for name, bound in zip(names, (starts, ends)):
         _look(name, bound, (bound < 0) | (bound > keys), f"0 to {keys}, the number of keys")
     _look(names[1], ends, ends < starts, f"at least {names[0]} of the row")
@@ -106,11 +115,78 @@ def ascending(sparse_kv_block_indices: torch.Tensor, lengths: torch.Tensor, *, b
 
 
 @_unless_captured
-def sparse_metadata(metadata: torch.Tensor, *, rows: int, pitch: int, seal: int) -> None:
-    """Each row begins with the seal of the sizes that the call has."""
-    bytes_ = metadata[192 : 192 + rows * pitch].view(rows, pitch)[:, :4]
-    seals = (bytes_ << torch.arange(0, 32, 8)).sum(dim=1)
+def paged_lists(
+    sparse_kv_block_indices: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    page: int,
+    block: int,
+) -> None:
+    """Lengths within the table, and blocks in which the row has keys, on pages that a cache may have. How many the
+    cache has is known where the metadata are used: see `sparse_metadata`."""
+    _in_the_table("context_lens", context_lens, block_table, page)
+    lens = context_lens.view(-1, 1)
+    lists.__wrapped__(sparse_kv_block_indices, torch.zeros_like(lens[:, 0]), lens[:, 0], block=block)
+    if block_table.shape[1]:
+        counts = torch.arange(sparse_kv_block_indices.shape[1]) < (lens + block - 1) // block
+        columns = torch.where(counts, sparse_kv_block_indices // (page // block), 0)
+        used = torch.zeros_like(block_table).scatter_add(1, columns, counts.long()) > 0
+        _look("block_table", block_table, (block_table < 0) & used, "a page from 0 on, since a block is listed there")
+
+
+@_unless_captured
+def sparse_metadata(metadata: torch.Tensor, *, rows: int, pitch: int, seal: int, block: int, places: int) -> None:
+    """Each row begins with the seal of the sizes that the call has, and its blocks lie where there are keys."""
+    bytes_ = metadata[FIRST_ROW : FIRST_ROW + rows * pitch].view(rows, pitch // 4, 4)
+    words = (bytes_ << torch.arange(0, 32, 8)).sum(dim=2)
+    seals, columns, blocks = words[:, 0], words[:, 1], words[:, 4:]
     _look("metadata", seals, seals != seal, f"the seal {seal} of metadata made for these sizes")
+    listed = torch.arange(blocks.shape[1]) < columns[:, None] // block
+    _look("metadata", blocks, listed & (blocks >= places), f"a place from 0 to {places - 1}, where there are keys")
+
+
+@_unless_captured
+def choice(
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    *,
+    name: str,
+    columns: int,
+    page: int,
+    unit: int = 1,
+) -> None:
+    """What top-k is told of its rows: `lengths`, called `name`, count `unit` for a column, and so does `page`. Windows
+    lie within the columns and the table, and results are int32 that are not negative."""
+    lengths = lengths.flatten()
+    rest = torch.full_like(lengths, columns)
+    if starts is not None:
+        _look("starts", starts, (starts < 0) | (starts > columns), f"0 to {columns}, the number of columns")
+        rest -= starts
+    of_all = "" if starts is None else " behind the row's start"
+    wrong = (lengths < 0) | (lengths > rest * unit)
+    _look(name, lengths, wrong, f"0 to {columns * unit}, for which there are columns{of_all}")
+    count, page_count = (lengths + unit - 1) // unit, page // unit
+    largest = count - 1
+    if block_table is not None:
+        _in_the_table(name, lengths, block_table, page)
+        on_page = count[:, None] - torch.arange(block_table.shape[1]) * page_count
+        most = 2**31 // page_count - 1
+        wrong = (on_page > 0) & ((block_table < 0) | (block_table > most))
+        _look("block_table", block_table, wrong, f"a page from 0 to {most}, since the row has keys there")
+        places = block_table * page_count + on_page.clamp(max=page_count) - 1
+        largest = functional.pad(torch.where(on_page > 0, places, -1), (1, 0), value=-1).amax(dim=1)
+    if offset is not None:
+        wrong = (lengths > 0) & ((offset < 0) | (offset + largest >= 2**31))
+        _look("offset", offset, wrong, "0 or more, and that every result is less than 2^31")
+
+
+def _in_the_table(name: str, lengths: torch.Tensor, block_table: torch.Tensor, page: int) -> None:
+    """No row is longer than the columns of the table."""
+    most, what = block_table.shape[1] * page, f"the {block_table.shape[1]} columns of block_table"
+    _look(name, lengths, (lengths < 0) | (lengths > most), f"0 to {most} keys, which {what} allow")
 
 
 def _look(name: str, values: torch.Tensor, wrong: torch.Tensor, expected: str, rest: str = "") -> None:

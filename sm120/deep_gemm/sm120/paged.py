@@ -134,6 +134,9 @@ def _paged(
     arguments.block_max(block_max, out)
     if out.numel() == 0:
         return out
+    if indices is not None:
+        written = {"out": out} if block_max is None else {"out": out, "block_max": block_max}
+        checks.memory({"indices": indices}, written)
 
     if debug.ON:
         pages = kv_cache.shape[0]

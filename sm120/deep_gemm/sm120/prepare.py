@@ -104,14 +104,13 @@ def _sparse_kernels(
     arch: str, heads: int, pages: tuple[int, ...], fp4: bool, block: int, alignment: int
 ) -> list[Kernel]:
     """`pages` are keys of a page each, or 0: ragged."""
-    bf16 = torch.bfloat16
+    config = functools.partial(
+        logits.configure, arch, fp4, heads, 128, weights=torch.bfloat16, logits=torch.bfloat16, alignment=alignment
+    )
+    rows = ({"eights": True}, {"few_rows": True}, {})
     return [
-        sparse.METADATA,
-        *(
-            logits.configure(arch, fp4, heads, 128, page, bf16, bf16, few, alignment=alignment, block=block).kernel
-            for page in pages
-            for few in (True, False)
-        ),
+        *(sparse.metadata_kernel(page, block) for page in pages),
+        *(config(page=page, block=block, **which).kernel for page in pages for which in rows),
     ]
 
 
@@ -159,18 +158,20 @@ def _device(device: torch.device | str | int | None) -> torch.device:
 
 def ship(folder: Path) -> None:
     """Compiles the models' common sizes into `folder`, in a wheel that is being built: pages of 64, fp32 weights; for
-    DeepSeek-V4.1 (32 heads of FP4) pages of 128 as well, maxima of blocks, and sparse logits of blocks of 8; top-k of
-    512, 1,024 and 2,048 keys."""
+    DeepSeek-V4.1 (32 heads) pages of 128 as well, maxima of blocks, and sparse logits of blocks of 8; top-k of 512,
+    1,024 and 2,048 keys."""
     arch = _SHIPPED_ARCHITECTURE
     kernels = [
         kernel
-        for heads, fp4, page in (*itertools.product((64, 32, 16), (False, True), (64,)), (32, True, 128))
+        for heads, fp4, page in itertools.chain(
+            itertools.product((64, 32, 16), (False, True), (64,)), ((32, False, 128), (32, True, 128))
+        )
         for dtype in _DTYPES
         for kernel in _kernels(arch, heads, 128, page, fp4, 4, True, True, torch.float32, dtype, 32)
     ]
     for page in (64, 128):
         kernels += _kernels(arch, 32, 128, page, True, 4, True, True, torch.float32, torch.float32, 32, maxima=True)
-    kernels += _sparse_kernels(arch, 32, (64, 128, 0), True, 8, 32)
+    kernels += [kernel for fp4 in (False, True) for kernel in _sparse_kernels(arch, 32, (64, 128, 0), fp4, 8, 32)]
     for k in (512, 1024, 2048):
         kernels += _topk_kernels(k, torch.float32, EMULATED_SMS, sparse=k == 512)
     distinct = _distinct(kernels)

@@ -52,13 +52,13 @@ def get_sparse_mqa_logits_metadata(
     block = arguments.sparse_block(sparse_block_kv)
     if not isinstance(cu_seq_len_k_start, torch.Tensor) or cu_seq_len_k_start.dim() != 1:
         refuse("cu_seq_len_k_start", cu_seq_len_k_start, "an int32 tensor [rows]")
-    rows, device = cu_seq_len_k_start.shape[0], cu_seq_len_k_start.device
-    bounds = arguments.bounds(cu_seq_len_k_start, cu_seq_len_k_end, rows, device)
+    rows, device = cu_seq_len_k_start.shape[0], checks.on_a_device("cu_seq_len_k_start", cu_seq_len_k_start)
+    bounds = arguments.bounds(cu_seq_len_k_start, cu_seq_len_k_end, rows, device, other="cu_seq_len_k_start")
     checks.integer("num_kv_tokens", num_kv_tokens)
-    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block, "cu_seq_len_k_start")
     checks.boolean("use_unaligned_ks", use_unaligned_ks)
     if debug.ON:
-        debug.ragged(*bounds.values(), keys=num_kv_tokens, columns=0)
+        debug.ragged(*bounds.values(), keys=num_kv_tokens)
         debug.lists(lists, cu_seq_len_k_start, cu_seq_len_k_end, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)
     windows = windows_of_bounds(cu_seq_len_k_start, cu_seq_len_k_end, num_kv_tokens)
@@ -94,17 +94,15 @@ def get_paged_sparse_mqa_logits_metadata(
         refuse("page_kv", page_kv, f"a multiple of {block}, the keys of a block")
     if not isinstance(context_lens, torch.Tensor):
         refuse("context_lens", context_lens, "an int32 tensor")
-    rows, device = context_lens.numel(), context_lens.device
+    rows, device = context_lens.numel(), checks.on_a_device("context_lens", context_lens)
     checks.tensor("context_lens", context_lens, arguments.INT32, context_lens.shape, device)
     checks.contiguous("context_lens", context_lens)
-    arguments.block_table(block_table, rows, device)
+    arguments.block_table(block_table, rows, device, "context_lens")
     if indices is not None:
-        checks.tensor("indices", indices, arguments.INT32, (rows,), device)
-    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+        checks.tensor("indices", indices, arguments.INT32, (rows,), device, "context_lens")
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block, "context_lens")
     if debug.ON:
-        lengths = context_lens.view(-1)
-        debug.lengths(context_lens)
-        debug.lists(lists, torch.zeros_like(lengths), lengths, block=block)
+        debug.paged_lists(lists, context_lens, block_table, page=page_kv, block=block)
     metadata = torch.empty(sparse.size(*lists.shape), dtype=torch.uint8, device=device)
     limit = min(block_table.shape[1] * page_kv, 2**31 - 1)
     windows = windows_of_lengths(context_lens.view(-1), 1, limit)
@@ -204,13 +202,16 @@ def _sparse(
 
     if debug.ON:
         debug.sparse_metadata(
-            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned)
-        )
+            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned),
+            block=block, places=places,
+        )  # fmt: skip
     slots = sms_to_use(device)
+    eights = logits.eights(rows, width * block, slots)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, torch.bfloat16,
-        logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride), block=block,
+        not eights and logits.few_rows(rows, 1, slots), alignment=logits.alignment(*addresses, page_stride),
+        block=block, eights=eights,
     )  # fmt: skip
     sparse.sparse(
         config, slots,

@@ -72,7 +72,7 @@ def topk(
     rows, columns = logits.shape
     if columns > 1 and logits.stride()[1] != 1:
         refuse("logits", logits, "stride 1 in the last dimension")
-    checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device))
+    checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device, "logits"))
     checks.integer("k", k, 1, LARGEST_K)
     if starts is not None:
         checks.contiguous("starts", checks.tensor("starts", starts, _INT32, (rows,), device))
@@ -81,14 +81,18 @@ def topk(
     if rows == 0:
         return out
 
+    if debug.ON:
+        debug.choice(lengths, starts, block_table, offset, name="lengths", columns=columns, page=page)
     config, parts = kernels.configure(logits.dtype, k, rows, columns, sms_to_use(device))
+    workspace = _workspace(workspace, kernels.workspace_bytes(config, rows, parts), device)
+    inputs = {"logits": logits, "lengths": lengths, "starts": starts, "block_table": block_table, "offset": offset}
+    _memory(inputs, out=out, positions=positions, scores=scores, workspace=workspace)
     starts_pointer = None if starts is None else starts.data_ptr()
     kernels.topk(
         config, parts,
         logits=logits, windows=Windows(starts_pointer, lengths.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
         bounds={"lengths": lengths, "starts": starts}, k=k, page=page, block_table=block_table, offset=offset,
-        workspace=_workspace(workspace, kernels.workspace_bytes(config, rows, parts), device),
-        out=out, positions=positions, scores=scores,
+        workspace=workspace, out=out, positions=positions, scores=scores,
     )  # fmt: skip
     return out
 
@@ -145,13 +149,18 @@ def candidate_blocks(
     if rows == 0:
         return out
 
+    if debug.ON:
+        lens = context_lens, None, block_table, None
+        debug.choice(*lens, name="context_lens", columns=columns, page=page, unit=block)
     config, parts = kernels.configure(torch.float32, width, rows, columns, sms_to_use(device), ascending=True)
+    workspace = _workspace(workspace, kernels.workspace_bytes(config, rows, parts), device)
+    inputs = {"block_max": block_max, "context_lens": context_lens, "block_table": block_table}
+    _memory(inputs, out=out, pages=pages, workspace=workspace)
     kernels.topk(
         config, parts,
         logits=block_max, windows=Windows(None, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
         bounds={"context_lens": context_lens}, k=width, page=page // block if pages is not None else 1,
-        block_table=block_table, offset=None,
-        workspace=_workspace(workspace, kernels.workspace_bytes(config, rows, parts), device),
+        block_table=block_table, offset=None, workspace=workspace,
         out=out if pages is None else pages, positions=None if pages is None else out, scores=None,
         unit=block, nowhere=2**31 - 1,
     )  # fmt: skip
@@ -203,6 +212,9 @@ def fp8_fp4_paged_mqa_topk(
     arguments.indices(indices, context_lens)
     plan = _plan(rows, next_n, max_context_len, k, page, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
+    inputs = {"context_lens": context_lens, "block_table": block_table, "indices": indices, "weights": weights}
+    scored = {"q": query.values, "q scales": query.scales, "kv_cache": kv_cache, "schedule_meta": schedule_meta}
+    _memory({**scored, **inputs}, out=out, positions=positions, scores=scores, workspace=workspace)
     if rows == 0:
         return out
     if debug.ON:
@@ -271,14 +283,18 @@ def fp8_fp4_mqa_topk(
     out = _results(out, positions, scores, rows, k, device)
     keys, key_scales = arguments.key_run(kv, query.fp4, query.values.shape[-1], device)
     arguments.weights(weights, rows, query.heads, device)
-    arguments.bounds(ks, ke, rows, device)
+    arguments.bounds(ks, ke, rows, device, ("ks", "ke"))
     _places(block_table, page, offset, rows, device)
     plan = _plan(rows, 1, keys.shape[0], k, 1, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
+    inputs = {"ks": ks, "ke": ke, "block_table": block_table, "offset": offset}
+    scored = {"q": query.values, "q scales": query.scales, "kv": keys, "kv scales": kv[1], "weights": weights}
+    _memory({**scored, **inputs}, out=out, positions=positions, scores=scores, workspace=workspace)
     if rows == 0:
         return out
     if debug.ON:
-        debug.ragged(ks, ke, keys=keys.shape[0], columns=0)
+        debug.ragged(ks, ke, keys=keys.shape[0], names=("ks", "ke"))
+        debug.choice(ke - ks, None, block_table, offset, name="ke - ks", columns=keys.shape[0], page=page)
 
     def score(rows: slice, of: slice, starts: torch.Tensor, ends: torch.Tensor, logits: torch.Tensor) -> None:
         queries = _cut(query.values, rows), _cut(query.scales, rows)
@@ -342,18 +358,23 @@ def fp8_fp4_paged_sparse_mqa_topk(
     arguments.weights(weights, rows, query.heads, device)
     width = checks.integer("num_max_sparse_blocks", num_max_sparse_blocks, 1, (2**31 - 1) // block)
     arguments.sparse_metadata(metadata, sparse.size(rows, width), device)
-    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block)
+    lists = arguments.block_lists(sparse_kv_block_indices, rows, device, block, "q")
     if lists.shape[1] != width:
         refuse("sparse_kv_block_indices", lists, f"lists of num_max_sparse_blocks = {width} blocks")
-    _lengths_of_rows(context_lens, rows, device)
+    _lengths_of_rows(context_lens, rows, device, "q")
     checks.integer("k", k, 1, LARGEST_K)
     checks.boolean("translate", translate)
     out = _results(out, None, scores, rows, k, device)
     plan = _Sparse(rows, width * block, k, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
+    inputs = {"q": query.values, "q scales": query.scales, "kv_cache": kv_cache, "weights": weights}
+    listed = {"metadata": metadata, "sparse_kv_block_indices": lists, "context_lens": context_lens}
+    _memory({**inputs, **listed}, out=out, scores=scores, workspace=workspace)
     if rows == 0:
         return out
     if debug.ON:
+        lens = context_lens.view(-1)
+        debug.lists(lists, torch.zeros_like(lens), lens, block=block)
         debug.ascending(lists, context_lens.view(-1), block=block)
 
     logits, columns, rest = plan.parts_of(workspace)
@@ -562,9 +583,9 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device(device)
 
 
-def _lengths_of_rows(context_lens: Any, rows: int, device: torch.device) -> None:
+def _lengths_of_rows(context_lens: Any, rows: int, device: torch.device, other: str = "block_max") -> None:
     if not isinstance(context_lens, torch.Tensor) or context_lens.numel() != rows:
-        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements")
+        refuse("context_lens", context_lens, f"an int32 tensor of {rows} elements to match {other}")
     checks.contiguous("context_lens", checks.tensor("context_lens", context_lens, _INT32, context_lens.shape, device))
 
 
@@ -593,7 +614,9 @@ def _results(out: Any, positions: Any, scores: Any, rows: int, k: int, device: t
 def _result(argument: str, value: Any, dtype: torch.dtype, rows: int, k: int, device: torch.device) -> torch.Tensor:
     if value is None:
         return torch.empty((rows, k), dtype=dtype, device=device)
-    checks.tensor(argument, value, (dtype,), (rows, k), device)
+    checks.tensor(argument, value, (dtype,), (rows, k), device, "the rows of q, or of what is chosen from")
+    if value.requires_grad:
+        refuse(argument, value, "a tensor that requires no grad")
     row_stride, column_stride = value.stride()
     if k > 1 and column_stride != 1 or rows > 1 and row_stride < k:
         refuse(argument, value, "stride 1 in the last dimension and rows that do not overlap")
@@ -607,3 +630,8 @@ def _workspace(workspace: Any, size: int, device: torch.device) -> torch.Tensor 
     if workspace.shape[0] < size or workspace.data_ptr() % 16:
         refuse("workspace", workspace, f"at least {size} bytes, aligned to 16")
     return workspace
+
+
+def _memory(inputs: dict[str, torch.Tensor | None], **outputs: torch.Tensor | None) -> None:
+    """`checks.memory` of all that a call is given, by the names that its caller has for it."""
+    checks.memory(inputs, {name: output for name, output in outputs.items() if output is not None})

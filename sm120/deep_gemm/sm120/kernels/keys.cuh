@@ -196,13 +196,20 @@ struct ListedKeys {
         const uint32 eight = key / 8 + more / 8;       // known to the compiler but for scales
         const uint32 place = eight < 2 ? eight == 0 ? this->place[0] : this->place[1]
                                        : eight == 2 ? this->place[2] : this->place[3];
-        const uint32 within = kEights == 1 ? key % 8 : (first + eight) % kEights * 8 + key % 8;
+        return of<kBytes>(*p, array, place, first + eight, key, offset);
+    }
+
+    // Key `key` % 8 of the row's eight number `eight`, whose block lies at `place`.
+    template <int kBytes>
+    __device__ static const uint8* of(const Listed& p, const uint8* array, uint32 place, uint32 eight, uint32 key,
+                                      uint32 offset) {
+        const uint32 within = kEights == 1 ? key % 8 : eight % kEights * 8 + key % 8;
         if constexpr (kPage > 0) {
-            array += int64(place / kBlocks) * p->page_stride;
+            array += int64(place / kBlocks) * p.page_stride;
             return array + (place % kBlocks * (kBlock * kBytes) + within * kBytes + offset);
         } else {
             const uint32 token = place + within;
-            return (token < p->places ? array + int64(token) * kBytes : p->metadata + kZeros) + offset;
+            return (token < p.places ? array + int64(token) * kBytes : p.metadata + kZeros) + offset;
         }
     }
 
@@ -213,6 +220,9 @@ struct ListedKeys {
 
     template <bool>
     __device__ const uint8* scales(uint32, uint32, uint32 key) const {
-        return at<4>(kPage ? p->values + kPage * kRowBytes : reinterpret_cast<const uint8*>(p->scales), key, 0, 0);
+        return at<4>(scales(*p), key, 0, 0);
+    }
+    __device__ static const uint8* scales(const Listed& p) {
+        return kPage ? p.values + kPage * kRowBytes : reinterpret_cast<const uint8*>(p.scales);
     }
 };

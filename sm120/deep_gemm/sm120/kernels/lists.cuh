@@ -34,11 +34,18 @@ struct Lists {
     int limit;                   // columns
     static constexpr int next_n = 1, lengths_per_row = 1;
 
-    __device__ RowHead head(int row) const {
+    // A row's head as it stands there, and what is believed of it.
+    __device__ RowHead asked(int row) const {
         RowHead head;
         ptx::load<4>(reinterpret_cast<uint32*>(&head), metadata + kFirstRow + int64(row) * pitch);
-        if (head.seal != seal) head.columns = 0;
-        head.columns = max(0, min(head.columns, limit));
+        return head;
+    }
+    __device__ int columns(const RowHead& head) const {
+        return max(0, min(head.seal == seal ? head.columns : 0, limit));
+    }
+    __device__ RowHead head(int row) const {
+        RowHead head = asked(row);
+        head.columns = columns(head);
         return head;
     }
     __device__ int length(int row) const { return head(row).columns; }

@@ -14,9 +14,11 @@ from ..jit import MOST, Kernel, launch
 from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
+EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
 FEW_TOKENS = 8  # of each, at most: a warp for each
-_BLOCKS_PER_SM = 4  # ragged: so many shares of work for each SM, so that the last ones to finish are short
+# ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
+_PARTS_OF_SM, _PARTS_IN_STRIPE, _STRIPES = 256, 16, 4
 
 _QUERIES = [
     ("query", ctypes.c_void_p),
@@ -61,6 +63,9 @@ class RaggedParams(ctypes.Structure):
         *_OUTPUT,
         ("windows", Windows),
         ("columns", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
+        ("stripes", ctypes.c_int32),
     ]
 
 
@@ -104,6 +109,7 @@ class Config:
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
+    eights     sparse: one row, and a warp for every eight keys of it; else as `few_rows` says
     """
 
     arch: str
@@ -118,6 +124,7 @@ class Config:
     alignment: int = 32
     block: int = 0
     maxima: bool = False
+    eights: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -128,19 +135,27 @@ class Config:
         return self.fp4 or self.block > 0 or os.environ.get("DG_SM120_FP8_MMA", "block_scaled") == "block_scaled"
 
     @cached_property
+    def padded_heads(self) -> int:
+        """As the tensor core takes them: 16 at a time."""
+        return -(-self.heads // 16) * 16
+
+    @cached_property
     def tokens(self) -> int:
-        """Of a warp: so many that what it takes to bring a key is worth the while, and, with few rows, as a row has. A
-        list of blocks is one row's."""
-        most = max(1, 32 // self.heads) if self.arch.startswith("sm_12") and not self.block else 1
+        """Of a warp: two where a query takes at most 16 registers of a lane, since what it takes to bring a key is then
+        worth the while; with few rows no more than a row has. A list of blocks is one row's."""
+        small = self.padded_heads <= (32 if self.fp4 else 16)
+        most = 2 if small and self.arch.startswith("sm_12") and not self.block else 1
         return min(most, self.next_n) if self.few_rows else most
 
     @cached_property
     def warps(self) -> int:
         """Of a block, and of an SM: as many as the registers of resident queries allow."""
+        if self.eights:
+            return EIGHTS_WARPS
         if self.arch.startswith("sm_12"):
-            query = self.tokens * self.heads * self.dim // (2 if self.fp4 else 1)
-            if self.block and self.heads > 32:  # eight places take registers too
-                return 12 if self.fp4 else 8
+            query = self.tokens * self.padded_heads * self.dim // (2 if self.fp4 else 1)
+            if self.block:  # eight places take registers too
+                return 16 if query <= 2048 else 12 if query <= 4096 else 8
             return 12 if query > 4096 or query == 4096 and (self.few_rows and self.fp4 or self.tokens > 1) else 16
         return 8  # the plain MMA widens FP8 to FP16 first on SM90 and SM100, and FP4 to FP8 everywhere
 
@@ -177,9 +192,10 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     rows = "few" if config.few_rows else "many"
     if config.block:
         layout = "paged_sparse" if config.page else "sparse"
-        page, header = f"_p{config.page}_s{config.block}_{rows}", "sparse.cuh"
+        page, header = f"_p{config.page}_s{config.block}_{'eights' if config.eights else rows}", "sparse.cuh"
         blocks, parameters = f"{config.page}, {config.block}", SparseParams
-        call = f"Sparse<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::run_{rows}(p);"
+        template, run = ("SparseEights", "run") if config.eights else ("Sparse", f"run_{rows}")
+        call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
         layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
@@ -204,9 +220,14 @@ def few_rows(rows: int, next_n: int, slots: int) -> bool:
     return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
 
 
+def eights(rows: int, columns: int, slots: int) -> bool:
+    """Whether there is one row of listed blocks, and a warp for every eight keys of it."""
+    return rows == 1 and columns <= 8 * EIGHTS_WARPS * slots
+
+
 def together(next_n: int) -> int:
-    """How many tokens of a row it pays to take together, if there is room for them: 1, 2 or 4."""
-    return 4 if next_n % 4 == 0 else 2 if next_n > 1 else 1
+    """How many tokens of a row it pays to take together, if there is room for them: 1 or 2."""
+    return min(2, next_n)
 
 
 def rows_per_group(config: Config, next_n: int) -> int:
@@ -214,19 +235,13 @@ def rows_per_group(config: Config, next_n: int) -> int:
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
-@lru_cache(1024)  # a server meets prefills of any length
-def shares(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int]:
-    """The ragged kernel's grid: groups of rows, and in how many parts the keys of each are split: so many that blocks
-    fill the chip a few times, and that the last time leaves few SMs idle (else up to 15% of the time, 25 Nov 2026)."""
-    groups = -(-rows // min(32, config.warps * config.tokens))
-    most = max(1, min(-(-keys // (TILE * config.warps)), 65535))
-    fewest = min(most, -(-_BLOCKS_PER_SM * num_sms // groups))
-
-    def idle(parts: int) -> float:
-        return -(groups * parts) % num_sms / (groups * parts)
-
-    choices = range(fewest, min(most, 4 * fewest + 3) + 1)
-    return groups, next((parts for parts in choices if idle(parts) < 0.03), min(choices, key=idle))
+def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int, int]:
+    """How the ragged kernel's work is cut: groups of rows; in how many parts the keys of each; and in how many stripes
+    the list of all these, from each of which a block takes neighbouring parts. Parts are small, so that blocks have
+    equally much; stripes are few, since each is one more time that a block loads queries."""
+    groups, tiles = -(-rows // min(32, config.warps * config.tokens)), max(1, -(-keys // TILE))
+    each = min(tiles, -(-_PARTS_OF_SM * num_sms // groups))
+    return groups, each, max(1, min(_STRIPES, groups * each // (_PARTS_IN_STRIPE * num_sms)))
 
 
 def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima) -> dict[str, torch.Tensor]:
@@ -305,5 +320,5 @@ def ragged(
     p.key_scales = key_scales.data_ptr()
     p.columns = columns
     inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}
-    grid = shares(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
-    launch(config.kernel, out.device, grid, p, inputs, outputs)
+    p.groups, p.parts, p.stripes = parts(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
+    launch(config.kernel, out.device, (min(num_sms, p.groups * p.parts), 1), p, inputs, outputs)

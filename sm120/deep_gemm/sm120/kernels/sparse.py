@@ -2,19 +2,21 @@
 
 import ctypes
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 
-from ..jit import Kernel, launch
+from ..jit import MOST, Kernel, launch
 from .logits import Config, Lists, SparseParams, rows_per_group
 from .windows import Windows
 
 # lists.cuh
-_FIRST_ROW = 192
+FIRST_ROW = 192
 _ROW_HEAD = 16
 
-_ENTRIES_PER_BLOCK = 1024  # of a list that a block takes at least
+_FEW_ROWS = 64
 _BLOCKS = 1024  # groups of rows
+_HEADS = 32  # threads of a row that write no places
 
 
 class SparseMetadataParams(ctypes.Structure):
@@ -31,14 +33,17 @@ class SparseMetadataParams(ctypes.Structure):
         ("table_stride", ctypes.c_int32),
         ("pages_per_row", ctypes.c_int32),
         ("width", ctypes.c_int32),
-        ("block", ctypes.c_int32),
-        ("blocks_per_page", ctypes.c_int32),
         ("unaligned", ctypes.c_int32),
         ("rows_per_block", ctypes.c_int32),
     ]
 
 
-METADATA = Kernel("sparse_mqa_logits_metadata", "sparse_metadata.cuh", "    list(p);", 256, SparseMetadataParams)
+@lru_cache(MOST)
+def metadata_kernel(page: int, block: int) -> Kernel:
+    """`page` keys of a page, or 0: ragged; blocks of `block` keys."""
+    layout = f"paged_sparse_mqa_logits_metadata_p{page}" if page else "sparse_mqa_logits_metadata"
+    call = f"    SparseMetadata<{page}, {block}>::list(p);"
+    return Kernel(f"{layout}_s{block}", "sparse_metadata.cuh", call, 256, SparseMetadataParams)
 
 
 def pitch(width: int) -> int:
@@ -48,13 +53,13 @@ def pitch(width: int) -> int:
 
 def size(rows: int, width: int) -> int:
     """Bytes of metadata."""
-    return _FIRST_ROW + rows * pitch(width)
+    return FIRST_ROW + rows * pitch(width)
 
 
 def places(metadata: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     """int32 [rows, width]: where each block of a row lies in the cache, in blocks; rows may have fewer."""
     words = metadata[: size(rows, width)].view(torch.int32)
-    first = words.storage_offset() + (_FIRST_ROW + _ROW_HEAD) // 4
+    first = words.storage_offset() + (FIRST_ROW + _ROW_HEAD) // 4
     return words.as_strided((rows, width), (pitch(width) // 4, 1), first)
 
 
@@ -86,14 +91,15 @@ def list_blocks(
     p.windows = windows
     p.lists = lists.data_ptr()
     p.list_stride = lists.stride()[0]
-    p.width, p.block, p.blocks_per_page, p.unaligned = width, block, max(1, page // block), unaligned
+    p.width, p.unaligned = width, unaligned
     if block_table is not None:
         p.block_table = block_table.data_ptr()
         p.table_stride, p.pages_per_row = block_table.stride()[0], block_table.shape[1]
     p.rows_per_block = max(1, -(-rows // _BLOCKS))
-    grid = (max(1, -(-rows // p.rows_per_block)), max(1, min(-(-width // _ENTRIES_PER_BLOCK), 65535)))
+    shares = -(-(width + _HEADS) // 256) if rows <= _FEW_ROWS else -(-width // 1024)
+    grid = (max(1, -(-rows // p.rows_per_block)), min(shares, 65535))
     inputs = {"sparse_kv_block_indices": lists, "block_table": block_table, **bounds}
-    launch(METADATA, metadata.device, grid, p, inputs, {"metadata": metadata})
+    launch(metadata_kernel(page, block), metadata.device, grid, p, inputs, {"metadata": metadata})
 
 
 def sparse(
