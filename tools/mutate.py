@@ -380,7 +380,7 @@ MUTATIONS = {
         "if (kPage) place = «min(place, p.keys.places - 1) → place»;",
         "if (warp < kHeads / 8« → - 1») {",
         "«__syncthreads(); → »",
-        "sink.take(«lane.g < 2 → lane.g < 1» ?",
+        "key = «lane.g < 2 → lane.g < 1» ? 8 * eight",
     ],
     "sm120/kernels/metadata.py": [
         "limit = min(NO_LIMIT« - 255 → », NO_LIMIT",
