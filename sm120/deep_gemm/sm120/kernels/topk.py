@@ -121,35 +121,37 @@ def configure(
     """The configuration for the `k` largest of each row of logits [rows, columns], and in how many parts a row is split
     at most, so that few rows fill the chip. Chosen by times on an H100, 28 Nov 2026: docs/performance.md."""
     most = next(most for most in (512, 1024, 2048) if k <= most)
-    vectors = -(-columns * dtype.itemsize // 16)
     many = rows > 2 * num_sms
 
-    def form(threads: int, of_lane: int, parts: int, blocks: int, sifted: bool = False, digit: int = 11):
+    def form(threads: int, keys: int, parts: int, blocks: int, sifted: bool = False, digit: int = 11):
+        """`keys` of a lane in a piece, or 8 at least in bf16."""
+        vectors = max(1, keys * dtype.itemsize // 16)
         groups = 0
         if sifted:  # half again as many as k and more, a power of two to a lane
             groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
-        ahead = sifted and rows <= num_sms
-        return _config(dtype, most, ascending, threads, of_lane, parts > 1, ahead, groups, digit, blocks), parts
+            digit -= ascending and most == 2048  # there is no memory for more
+        ahead = sifted and rows <= num_sms and columns > 16384
+        return _config(dtype, most, ascending, threads, vectors, parts > 1, ahead, groups, digit, blocks), parts
 
     # in registers: a block a row
-    if vectors <= 256:
-        return form(128, 2, 1, 12, digit=9) if many else form(256, 1, 1, 4, digit=9)
-    if vectors <= 1024:
-        return form(256, 4, 1, 5) if many else form(512, 2, 1, 2)
-    if vectors <= 2048:
-        return form(512, 4, 1, 2)
+    if columns <= 1024:
+        return form(128, 8, 1, 12, digit=9) if many else form(256, 4, 1, 4, digit=9)
+    if columns <= 4096:
+        return form(256, 16, 1, 5) if many else form(512, 8, 1, 2)
+    if columns <= 8192:
+        return form(512, 16, 1, 2)
     # in the registers of several blocks
-    if 2 * rows * vectors <= 1024 * num_sms or vectors > 4096:
-        for of_lane in (1, 2, 4):
-            parts = -(-vectors // (512 * of_lane))
+    if rows * columns <= 2048 * num_sms or columns > 16384:
+        for keys in (4, 8, 16):
+            parts = -(-columns // form(512, keys, 2, 2)[0].share)
             if parts <= _MOST_PARTS and rows * parts <= 2 * num_sms:
-                return form(512, of_lane, parts, 2)
+                return form(512, keys, parts, 2)
     # sifted
     if rows > num_sms:
-        return form(512, 4, 1, 2, True)
-    if 4 * rows > num_sms or vectors <= 4096:
-        return form(1024, 4, 2 if vectors > 16384 and 2 * rows <= num_sms else 1, 1, True)
-    return form(512, 4, min(_MOST_PARTS, num_sms // rows), 2, True)
+        return form(512, 16, 1, 2, True)
+    if 4 * rows > num_sms or columns <= 16384:
+        return form(1024, 16, 2 if columns > 65536 and 2 * rows <= num_sms else 1, 1, True)
+    return form(512, 16, min(_MOST_PARTS, num_sms // rows), 1, True)
 
 
 def workspace_bytes(config: Config, rows: int, parts: int) -> int:
