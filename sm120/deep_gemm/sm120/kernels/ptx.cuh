@@ -9,10 +9,17 @@ using int64 = long long;
 
 namespace ptx {
 
-// 9.7.13.13 griddepcontrol: wait for the kernels that this one depends on, and let the next one be set up meanwhile.
-__device__ inline void griddepcontrol() {
+// 9.7.13.13 griddepcontrol: wait for the kernels that this one depends on.
+__device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The same, and let the next kernel be set up meanwhile.
+__device__ inline void griddepcontrol() {
+    griddepcontrol_wait();
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
