@@ -246,8 +246,8 @@ def eights(rows: int, columns: int, slots: int) -> bool:
 
 
 def together(rows: int, next_n: int) -> int:
-    """How many tokens it pays to take together, if there is room for them: 1 or 2. Those of a row; and neighbours, where
-    there are more rows than a decode step has."""
+    """How many tokens it pays to take together, if there is room for them: 1 or 2. Those of a row; and neighbours
+    where there are more rows than a decode step has."""
     return 2 if rows > _MOST_REQUESTS else min(2, next_n)
 
 
