@@ -122,6 +122,16 @@ def in_one_chunk_of(parts: int) -> Fill:
     return fill
 
 
+def in_few_lanes(rows: int, columns: int) -> torch.Tensor:
+    """The largest all lie in groups of few lanes, so that the maxima of groups tell little."""
+    mine = torch.arange(columns) // 4 % 32 < 2
+    return torch.randn(rows, columns) + 50.0 * mine
+
+
+def mostly_infinite(rows: int, columns: int) -> torch.Tensor:
+    return torch.where(torch.rand(rows, columns) < 0.5, torch.inf, torch.randn(rows, columns))
+
+
 FILLS: dict[str, Fill] = {
     "normal": torch.randn,
     "all equal": lambda rows, columns: torch.full((rows, columns), 1.5),
@@ -140,6 +150,8 @@ FILLS: dict[str, Fill] = {
     "third digit": one_digit_apart(0),
     "first digit": lambda rows, columns: torch.randint(-(2**31), 2**31, (rows, columns)).int().view(torch.float32),
     "one part has them all": in_one_chunk_of(3),
+    "few lanes have them all": in_few_lanes,
+    "mostly infinite": mostly_infinite,
 }
 SHAPES = [(700, 512), (700, 2048), (5000, 512), (5000, 2048), (11000, 512), (11000, 2048), (13000, 1000)]
 

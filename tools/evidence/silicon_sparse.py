@@ -373,9 +373,8 @@ DENSE = """
 ## Beside our own dense call
 
 The same rows and keys, all of them scored, bf16 logits; {form}. The floor is a kernel for one row that does only what
-must wait for each other: it looks up the place of eight keys, reads them and stores as many bytes as there are logits,
-on our metadata, with as many warps as ours. Ours cannot be faster, whatever else it does; an empty kernel takes
-{empty:.2f} us here.
+must wait for each other: with as many warps as ours it looks up the place of eight keys, on our metadata, reads them
+and stores as many bytes as there are logits. It shows what there is left to gain; an empty kernel takes {empty:.2f} us.
 
 """
 
