@@ -278,3 +278,11 @@ def test_debug_mode_looks_whether_lists_ascend(monkeypatch: pytest.MonkeyPatch) 
 def test_other_cards(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DG_SM120_ARCH", arch)
     check(Sparse([40, 0, 333], width=32, heads=8), 64)
+
+
+@pytest.mark.parametrize("tail", ["largest", "last", "garbage"])
+def test_what_follows_the_entries_that_count(tail: str, device: str) -> None:
+    """Rows of whole blocks, shorter than their lists: what stands behind is never looked at."""
+    problem = Sparse([64, 80, 8, 0, 168], width=21, heads=8, tail=tail, device=device)
+    check(problem, 200)
+    check(problem, 9)
