@@ -205,12 +205,22 @@ def compare(name: str, logits: torch.Tensor, expected: torch.Tensor, lens: torch
     return Comparison(name, f"{high:,}" if low == high else f"{low:,} to {high:,}", error, shared, wanted, ties)
 
 
+def tiles_of_few(tiles: torch.Tensor, slots: int, warps: int = 12) -> torch.Tensor:
+    """The same of few rows: one row's tiles go round all SMs; more rows are cut into runs, as short as leaves one run
+    to a warp, and these go round."""
+    if len(tiles) == 1:
+        return torch.bincount(torch.arange(int(tiles)) % slots, minlength=slots)
+    run = next(n for n in range(1, int(tiles.sum()) + 1) if (-(tiles // -n)).sum() <= warps * slots)
+    runs = [min(run, int(row) - first) for row in tiles for first in range(0, int(row), run)]
+    return torch.bincount(torch.arange(len(runs)) % slots, torch.tensor(runs), slots).long()
+
+
 def tiles_per_sm(context_lens: torch.Tensor, schedule: torch.Tensor) -> torch.Tensor:
     """Tiles of 32 keys that each SM takes: few rows are shared out evenly; many go by the schedule, from each of its
     entries (row, split of 256 keys) to the next."""
     tiles, slots = -(context_lens.amax(dim=1) // -TILE), len(schedule) - 1
     if few_rows(*context_lens.shape, slots):
-        return torch.bincount(torch.arange(int(tiles.sum())) % slots, minlength=slots)
+        return tiles_of_few(tiles, slots)
     before = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])
     return (before[schedule[:, 0].long()] + 256 // TILE * schedule[:, 1]).diff()
 

@@ -130,7 +130,7 @@ def ship(package: Path) -> None:
     from deep_gemm.sm120.kernels import logits, metadata
 
     shutil.copytree(ROOT / "sm120", package, ignore=shutil.ignore_patterns("__pycache__", "shipped", "*.egg-info"))
-    config = logits.configure("sm_120f", False, 64, 128, 64, torch.float32, torch.float32, few_rows=True)
+    config = logits.configure("sm_120f", False, 64, 128, 64, torch.float32, torch.float32, few_rows=1)
     shipped.write(package / "deep_gemm/sm120/jit/shipped", [metadata.FEW, config.kernel], "sm_120f")
     compileall.compile_dir(package, quiet=1)  # as pip does
 

@@ -223,7 +223,14 @@ def our_subjects() -> list[Subject]:
         for heads in HEADS:
             for name, page, rows in (("paged", 64, "few rows"), ("paged", 64, "many rows"), ("ragged", 0, "")):
                 config = Config(
-                    ARCH, kind == "fp4", heads, 128, page, torch.float32, torch.float32, few_rows=rows == "few rows"
+                    ARCH,
+                    kind == "fp4",
+                    heads,
+                    128,
+                    page,
+                    torch.float32,
+                    torch.float32,
+                    few_rows=32 * (rows == "few rows"),
                 )
                 binary = peer.Binary(config.kernel.name, "", compile_kernel(config.kernel, ARCH, "cubin"))
                 variant = ", ".join(filter(None, [form.replace("_", "-"), rows]))

@@ -92,9 +92,10 @@ def _kernels(
     )  # fmt: skip
     kernels = [clean.kernel(logits_dtype)]
     if paged:
-        together = {logits.together(n) for n in range(1, min(next_n, 4) + 1)}
-        few = {config(page=block_kv, few_rows=True, next_n=n).kernel: None for n in sorted(together)}
-        kernels += [*metadata.KERNELS, *few, config(page=block_kv).kernel]
+        together = range(1, min(next_n, 2) + 1)
+        sizes = [*itertools.product(logits.FEW_ROWS, together), (0, 1), (0, 2)]
+        paged_kernels = {config(page=block_kv, few_rows=rows, next_n=n).kernel: None for rows, n in sizes}
+        kernels += [*metadata.KERNELS, *paged_kernels]
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels
@@ -107,7 +108,7 @@ def _sparse_kernels(
     config = functools.partial(
         logits.configure, arch, fp4, heads, 128, weights=torch.bfloat16, logits=torch.bfloat16, alignment=alignment
     )
-    rows = ({"eights": True}, {"few_rows": True}, {})
+    rows = ({"eights": True}, *({"few_rows": most} for most in logits.FEW_ROWS), {})
     return [
         *(sparse.metadata_kernel(page, block) for page in pages),
         *(config(page=page, block=block, **which).kernel for page in pages for which in rows),

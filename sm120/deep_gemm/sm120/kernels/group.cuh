@@ -35,7 +35,7 @@ struct Group {
     __device__ static Loop<kN> prepare(const Params& p, const Share<kN>& share, const Source& source, bool compressed,
                                        const Lane& lane) {
         const uint32 zero = p.windows.rows >> 31;      // unknown to the compiler
-        Loop<kN> loop{lane, share.step, Source::last_key(share.end, p.windows.limit), zero, source};
+        Loop<kN> loop{Lane(), share.step, share.end, p.windows.limit, zero, source};
         #pragma unroll
         for (int i = 0; i < kN; ++i) loop.sinks[i].open(p.output, share.tokens[i], share.windows[i], compressed);
         return loop;
@@ -47,6 +47,9 @@ struct Group {
                                 const Lane& lane) {
         Loop<kN> loop = prepare(p, share, source, compressed, lane);
         loop.begin(share.tile);
+        // FP8's keys before its queries, which are twice as many as FP4's and come from as far. (Not the 0 of `prepare`: once
+        // one has let a warp pass, the compiler knows that it is 0.)
+        if constexpr (!Format::kScaleFirst) loop.template demand<1>(p.windows.next_n >> 31);
         loop.load(p.queries, share.tokens);
         loop.run(share.tile, share.to);
     }

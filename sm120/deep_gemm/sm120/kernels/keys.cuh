@@ -22,6 +22,7 @@ struct Pages {
     uint32 page_stride;          // bytes
     int table_stride;            // entries
     uint32 pages;
+    uint32 columns;              // of the block table
 };
 
 // kPage keys a page. No table entry leads outside the cache: one that would is taken for the last page.
@@ -46,17 +47,18 @@ struct PagedKeys {
     __device__ void open(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
         #pragma unroll
         for (int half = 0; half < (kOnePage ? 1 : 2); ++half) {
-            const uint32 key = min((tile + lane.id * step) * kTile + half * kTile / 2, last_key);
-            ahead.halves[half] = ptx::load_word(p->block_table + (table + key / kPage));
+            const uint32 key = min(tile * kTile + lane.id * step * kTile + half * kTile / 2, last_key);
+            ahead.halves[half] = min(ptx::load_word(p->block_table + (table + key / kPage)), p->pages - 1);
         }
         turn = 0;
     }
 
-    // `tile` is the one meant from now on.
-    __device__ void locate(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
-        if (turn == 32) open(tile, step, last_key, lane);
-        page[0] = min(__shfl_sync(kAllLanes, ahead.halves[0], turn), p->pages - 1);
-        page[1] = kOnePage ? page[0] : min(__shfl_sync(kAllLanes, ahead.halves[kOnePage ? 0 : 1], turn), p->pages - 1);
+    // `tile` is the one meant from now on. (What bounds the next 32 look-ups is where the table ends, not where the row does:
+    // that would be the register by which FP8 of 64 heads spills.)
+    __device__ void locate(uint32 tile, uint32 step, uint32, const Lane& lane) {
+        if (turn == 32) open(tile, step, p->columns * kPage - 1, lane);
+        page[0] = __shfl_sync(kAllLanes, ahead.halves[0], turn);
+        page[1] = kOnePage ? page[0] : __shfl_sync(kAllLanes, ahead.halves[kOnePage ? 0 : 1], turn);
         ++turn;
     }
 

@@ -51,6 +51,7 @@ struct Lists {
     __device__ int length(int row) const { return head(row).columns; }
     __device__ int longest(int row) const { return length(row); }
     __device__ Window of(int row) const { return {0, length(row)}; }
+    __device__ int end(int row, int) const { return length(row); }
 
     // Where slot `slot` of `slots` starts in the list of all splits, shared out as in metadata.cuh: (row, split).
     __device__ int2 entry(int slot, int slots, const Lane& lane) const {

@@ -15,8 +15,10 @@ from .windows import Windows
 
 TILE = 32  # keys that a warp takes at a time
 EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
-FEW_ROWS = 128  # at most: what 32 lanes keep in their registers
+FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
+_MOST_REQUESTS = 1024  # of a decode step
+_QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
 _PARTS_OF_SM, _PARTS_IN_STRIPE, _STRIPES = 256, 16, 4
 
@@ -35,6 +37,18 @@ _OUTPUT = [
 ]
 
 
+class FewRows(ctypes.Structure):
+    """Field by field as in rows.cuh."""
+
+    _fields_ = [
+        ("shares", ctypes.c_int32),
+        ("takers", ctypes.c_int32),
+        ("quarters", ctypes.c_int32),
+        ("takers_inverse", ctypes.c_uint32),
+        ("spare_inverse", ctypes.c_uint32),
+    ]
+
+
 class PagedParams(ctypes.Structure):
     """Field by field as in paged.cuh."""
 
@@ -45,11 +59,12 @@ class PagedParams(ctypes.Structure):
         ("page_stride", ctypes.c_uint32),
         ("table_stride", ctypes.c_int32),
         ("pages", ctypes.c_uint32),
+        ("columns", ctypes.c_uint32),
         *_OUTPUT,
         ("windows", Windows),
         ("schedule", ctypes.c_void_p),
         ("rows_per_group", ctypes.c_int32),
-        ("slots_inverse", ctypes.c_uint32),
+        ("few", FewRows),
     ]
 
 
@@ -95,7 +110,7 @@ class SparseParams(ctypes.Structure):
         *_OUTPUT,
         ("windows", Lists),
         ("rows_per_group", ctypes.c_int32),
-        ("slots_inverse", ctypes.c_uint32),
+        ("few", FewRows),
     ]
 
 
@@ -104,8 +119,8 @@ class Config:
     """What the kernel is compiled for.
 
     page       keys of a page; 0: ragged
-    few_rows   paged, sparse: the grid shares out the tiles of all rows; else blocks take groups of rows
-    next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
+    few_rows   paged, sparse: the grid shares out the tiles of all rows, one of FEW_ROWS at most; 0: blocks take groups
+    next_n     paged: so many tokens, at most, are likely to see the same keys (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
@@ -119,7 +134,7 @@ class Config:
     page: int
     weights: torch.dtype
     logits: torch.dtype
-    few_rows: bool = False
+    few_rows: int = 0
     next_n: int = 1
     alignment: int = 32
     block: int = 0
@@ -142,10 +157,10 @@ class Config:
     @cached_property
     def tokens(self) -> int:
         """Of a warp: two where a query takes at most 16 registers of a lane, since what it takes to bring a key is then
-        worth the while; with few rows no more than a row has. A list of blocks is one row's."""
+        worth the while; paged, no more than are likely to see the same keys. A list of blocks is one row's."""
         small = self.padded_heads <= (32 if self.fp4 else 16)
         most = 2 if small and self.arch.startswith("sm_12") and not self.block else 1
-        return min(most, self.next_n) if self.few_rows else most
+        return min(most, self.next_n) if self.page else most
 
     @cached_property
     def warps(self) -> int:
@@ -189,16 +204,17 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
     if config.maxima:
         logits, logit = f"{logits}_maxima", f"WithMaxima<{logit}>"
     types = f"{weight}, {logit}, {config.warps}, {config.tokens}"
-    rows = "few" if config.few_rows else "many"
+    rows = {0: "many", 1: "one"}.get(config.few_rows, f"few{config.few_rows}")
+    run = {0: "run_many", 1: "run_one"}.get(config.few_rows, f"run_few<{config.few_rows}>")
     if config.block:
         layout = "paged_sparse" if config.page else "sparse"
         page, header = f"_p{config.page}_s{config.block}_{'eights' if config.eights else rows}", "sparse.cuh"
         blocks, parameters = f"{config.page}, {config.block}", SparseParams
-        template, run = ("SparseEights", "run") if config.eights else ("Sparse", f"run_{rows}")
+        template, run = ("SparseEights", "run") if config.eights else ("Sparse", run)
         call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
-        layout, page, header = "paged", f"_p{config.page}_{rows}{config.tokens if config.few_rows else ''}", "paged.cuh"
-        call, parameters = f"Paged<{sizes}, {config.page}, {types}>::run_{rows}(p);", PagedParams
+        layout, page, header = "paged", f"_p{config.page}_{rows}_t{config.tokens}", "paged.cuh"
+        call, parameters = f"Paged<{sizes}, {config.page}, {types}>::{run}(p);", PagedParams
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
         call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
@@ -212,12 +228,16 @@ def alignment(*places: int) -> int:
     return together & -together
 
 
-def few_rows(rows: int, next_n: int, slots: int) -> bool:
-    """Whether rows are taken one by one. Rows by the hundred are a prefill: neighbours see the same keys, which should
-    leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
-    nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
-    24 Nov 2026.)"""
-    return rows < slots and rows <= FEW_ROWS and next_n <= FEW_TOKENS
+def few_rows(rows: int, next_n: int, slots: int) -> int:
+    """Which of FEW_ROWS holds `rows`, if they are taken one by one, else 0. Rows by the hundred are a prefill, whose
+    neighbours see the same keys, which should leave L2 once. Fewer rows than slots, or not many more, are a decode
+    step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8 at once
+    costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)"""
+    if next_n > FEW_TOKENS:
+        return 0
+    if rows >= slots and (rows <= FEW_ROWS[1] or rows >= 2 * slots or rows * next_n > 6 * slots):
+        return 0  # a run for each row alone would leave warps idle
+    return next((most for most in FEW_ROWS if rows <= most), 0)
 
 
 def eights(rows: int, columns: int, slots: int) -> bool:
@@ -225,9 +245,10 @@ def eights(rows: int, columns: int, slots: int) -> bool:
     return rows == 1 and columns <= 8 * EIGHTS_WARPS * slots
 
 
-def together(next_n: int) -> int:
-    """How many tokens of a row it pays to take together, if there is room for them: 1 or 2."""
-    return min(2, next_n)
+def together(rows: int, next_n: int) -> int:
+    """How many tokens it pays to take together, if there is room for them: 1 or 2. Those of a row; and neighbours
+    where there are more rows than a decode step has."""
+    return 2 if rows > _MOST_REQUESTS else min(2, next_n)
 
 
 def rows_per_group(config: Config, next_n: int) -> int:
@@ -242,6 +263,18 @@ def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int,
     groups, tiles = -(-rows // min(32, config.warps * config.tokens)), max(1, -(-keys // TILE))
     each = min(tiles, -(-_PARTS_OF_SM * num_sms // groups))
     return groups, each, max(1, min(_STRIPES, groups * each // (_PARTS_IN_STRIPE * num_sms)))
+
+
+@lru_cache(MOST)
+def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
+    """What a kernel of few rows would otherwise divide for."""
+    if not config.few_rows:
+        return FewRows()
+    sets = -(-next_n // config.tokens)
+    shares = config.warps // sets
+    takers = slots * shares
+    inverse, spare = (min(2**32 - 1, 2**32 // number) for number in (takers, takers - rows))
+    return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), inverse, spare)
 
 
 def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima) -> dict[str, torch.Tensor]:
@@ -285,8 +318,9 @@ def paged(
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
     p.pages = kv_cache.shape[0]
+    p.columns = min(block_table.shape[1], 2**32 // config.page)
     p.rows_per_group = rows_per_group(config, windows.next_n)
-    p.slots_inverse = min(2**32 - 1, 2**32 // slots)
+    p.few = plan_of_few(config, slots, windows.rows, windows.next_n)
     inputs = {
         "q": query,
         "q scales": query_scales,

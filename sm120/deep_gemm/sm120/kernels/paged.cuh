@@ -16,7 +16,7 @@ struct PagedParams {
     Windows windows;
     const int2* schedule;        // [slots + 1] (row, split of 256 keys)                many rows
     int rows_per_group;          //                                                     many rows
-    uint32 slots_inverse;        // 2^32 / slots, rounded down                          few rows
+    FewRows few;                 //                                                     few rows
 
     __device__ int2 entry(int slot, const Lane&) const {
         int2 entry;

@@ -7,123 +7,163 @@
 // Many    rows (a prefill, or a very large batch): blocks take groups of `rows_per_group` neighbouring rows, over the part of
 //         their keys that the schedule gives the slot.
 //
+// What comes next is not set up before the last block is done: a top-k that waits meanwhile holds threads and shared memory that
+// are needed here (1 x 16K: 12.1 us together, and 11.3 so; H100, 28 Nov 2026).
+//
 // What `Params` says beside what group.cuh asks for:
 //   windows           of, longest, length: of one of `rows * lengths_per_row` lengths; limit
 //   entry             (row, split of 256 keys) where a slot starts                      many rows
 //   rows_per_group                                                                      many rows
-//   slots_inverse     2^32 / slots, rounded down                                        few rows
 #pragma once
 
 #include "group.cuh"
 
 constexpr int kTilesPerSplit = 256 / kTile;
-constexpr int kQuarters = 4;                  // of an SM, each with a tensor pipe of its own
+
+// What the host works out for few rows.
+struct FewRows {
+    int shares;                  // warps of a block that share the keys of the same tokens
+    int takers;                  // slots * shares
+    int quarters;                // of the SMs: warps that have a tensor pipe to themselves
+    uint32 takers_inverse;       // 2^32 / takers, rounded down
+    uint32 spare_inverse;        // 2^32 / (takers - rows), rounded down
+};
 
 template <class Params, class Format, int kHeads, class Source, class Weight, class Logit, int kWarps, int kTokens>
 struct Rows {
     using Group = ::Group<Format, kHeads, kTokens, Weight, Source, Logit, kWarps>;
 
     // ---- few rows ------------------------------------------------------------------------------------------------------
-
-    static constexpr int kRowsPerLane = 4;             // so at most 128
+    // Every instruction here is waited for: nothing else is there to do yet.
 
     __device__ static int tiles_of(int keys) { return (keys + kTile - 1) / kTile; }
 
-    // The warp's tokens of `row`, the longest of which sees `keys` keys, and tiles from `tile` on, each `step` further,
-    // below `to`.
+    // The warps of a block share out its tokens first, kTokens each, then the keys: this warp's part of either.
+    struct Part {
+        int set, share;
+        __device__ explicit Part(const Params& p) : set(0), share(threadIdx.x / 32) {
+            for (; share >= p.few.shares; ++set) share -= p.few.shares;
+        }
+        __device__ bool idle(const Params& p) const { return set * kTokens >= p.windows.next_n; }
+    };
+
+    // Tiles from `tile` on, each `step` further, below `to`, of the warp's tokens of `row`, the longest of which sees `keys`
+    // keys.
     __device__ static Share<kTokens> share_of(const Params& p, int row, int keys, int set, int tile, int step, int to) {
         Share<kTokens> share{{}, {}, row, 0, tile, step, to};
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const int n = min(set * kTokens + i, p.windows.next_n - 1);
             share.tokens[i] = row * p.windows.next_n + n;
-            share.windows[i] = p.windows.next_n == 1 ? Window{0, keys} : p.windows.of(share.tokens[i]);
-            share.end = max(share.end, share.windows[i].end);
+            share.windows[i] = {0, p.windows.next_n == 1 ? keys : p.windows.end(row, n)};
+            share.end = i == 0 ? share.windows[i].end : max(share.end, share.windows[i].end);
             if (set * kTokens + i > n) share.windows[i].end = 0;                   // the last token again, for nobody
         }
         share.to = min(to, tiles_of(share.end));
         return share;
     }
 
-    // The keys of the longest token of row 0.
-    __device__ static int longest_of_one(const Params& p, const Lane& lane) {
-        const int length = lane.id < p.windows.lengths_per_row ? p.windows.length(lane.id) : 0;
-        return min(max(__reduce_max_sync(kAllLanes, length), 0), p.windows.limit);
-    }
-
     // One row: neighbouring tiles go to different SMs. Which tile is a warp's first does not depend on the length, so its page
-    // is asked for together with that. More rows: all tiles of all rows stand in one list, of which each block takes a piece,
-    // and each of its warps every so many.
-    __device__ static void run_few(const Params& p) {
-        ptx::griddepcontrol();
+    // is asked for together with that.
+    __device__ static void run_one(const Params& p) {
+        ptx::griddepcontrol_wait();
         const Lane lane;
-        // How far in the list this warp has come; all else is worked out anew when a row ends: registers are dearer.
-        for (int come = 0;;) {
-            const int warp = threadIdx.x / 32, block = blockIdx.x, slots = gridDim.x;
-            const int sets = (p.windows.next_n + kTokens - 1) / kTokens;
-            const int shares = sets == 1 ? kWarps : kWarps / sets, share = sets == 1 ? warp : warp / sets;
-            const int set = warp - share * sets;
-            if (share >= shares) return;
-            const bool one_row = p.windows.rows == 1;
-
-            int row = 0, first = 0, length, item = block + slots * share, step = slots * shares, to;
-            Source source(p.keys, 0);
-            if (one_row) {
-                if (item * 8 >= p.windows.limit) return;
-                Source source_of_eight = source;
-                source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
-                source.open(item, step, p.windows.limit - 1, lane);
-                length = longest_of_one(p, lane);
-                to = tiles_of(length);
-                // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
-                if (to * (kTile / 8) <= slots * min(shares, max(1, kQuarters / sets))) {
-                    const Share<kTokens> work = share_of(p, 0, length, set, item, step, to);
-                    if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
-                    return;
-                }
-            } else {
-                int keys[kRowsPerLane], mine = 0;      // of this lane's rows, and their tiles
-                #pragma unroll
-                for (int i = 0; i < kRowsPerLane; ++i) {
-                    const int of = kRowsPerLane * lane.id + i;
-                    keys[i] = of < p.windows.rows ? max(p.windows.longest(of), 0) : 0;
-                }
-                #pragma unroll
-                for (int i = 0; i < kRowsPerLane; ++i) mine += tiles_of(keys[i]);
-                int end = mine;                        // in the list
-                #pragma unroll
-                for (int distance = 1; distance < 32; distance *= 2) {
-                    const int before = __shfl_up_sync(kAllLanes, end, distance);
-                    if (lane.id >= distance) end += before;
-                }
-                const uint32 total = __shfl_sync(kAllLanes, end, 31);
-                uint32 piece = __umulhi(total, p.slots_inverse);
-                if (total - piece * slots >= slots) ++piece;
-                const int longer = total - piece * slots;
-                item = piece * block + min(block, longer) + share + come;
-                to = piece * (block + 1) + min(block + 1, longer);
-                step = shares;
-                if (item >= to) return;
-                const int at = __ffs(__ballot_sync(kAllLanes, end > item)) - 1;        // the lane that has its row
-                first = __shfl_sync(kAllLanes, end - mine, at), row = kRowsPerLane * at;
-                length = __shfl_sync(kAllLanes, keys[0], at);
-                #pragma unroll
-                for (int i = 1; i < kRowsPerLane; ++i) {
-                    const int next = __shfl_sync(kAllLanes, keys[i], at);
-                    if (item >= first + tiles_of(length)) first += tiles_of(length), length = next, row = kRowsPerLane * at + i;
-                }
-            }
-            const int limit = min(to - first, tiles_of(length));
-            const Share<kTokens> work = share_of(p, row, length, set, item - first, step, limit);
-            const bool more = !one_row && first + limit < to;          // to find that out again would take 0.5 us
-            if (work.tile < work.to) {
-                if (!one_row) source = Group::open(p, work, lane);
-                Group::score(p, work, source, false, lane);
-            }
-            if (!more) return;
-            come += (limit - work.tile + step - 1) / step * step;
+        const Part part(p);
+        const int item = blockIdx.x + gridDim.x * part.share, step = p.few.takers;
+        if (part.idle(p) || item * 8 >= p.windows.limit) return;
+        Source source(p.keys, 0), source_of_eight = source;
+        source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
+        source.open(item, step, p.windows.limit - 1, lane);
+        const int mine = lane.id < p.windows.lengths_per_row ? p.windows.length(lane.id) : 0;
+        const int keys = min(max(__reduce_max_sync(kAllLanes, mine), 0), p.windows.limit), tiles = tiles_of(keys);
+        const Share<kTokens> work = share_of(p, 0, keys, part.set, item, step, tiles);
+        // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
+        if (tiles * (kTile / 8) <= p.few.quarters) {
+            if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
+        } else if (work.tile < work.to) {
+            Group::score(p, work, source, false, lane);
         }
     }
+
+    // Numbers below 2^31 over `by`, rounded down.
+    struct Divisor {
+        uint32 by, inverse;
+        __device__ explicit Divisor(uint32 by) : by(by), inverse(0xffffffff / by) {}
+        __device__ Divisor(uint32 by, uint32 inverse) : by(by), inverse(inverse) {}
+        __device__ uint32 operator()(uint32 number) const {
+            const uint32 quotient = __umulhi(number, inverse);           // one too small at most
+            return quotient + (number - quotient * by >= by);
+        }
+    };
+
+    // Up to kRows rows: their tiles are cut into runs, each of one row, as short as gives no warp two of them: a second would
+    // begin with a query that nobody has asked for, which takes as long as a dozen tiles. Neighbouring runs go to different SMs.
+    template <int kRows>
+    __device__ static void run_few(const Params& p) {
+        constexpr int kPerLane = (kRows + 31) / 32;
+        ptx::griddepcontrol_wait();
+        const Lane lane;
+        int keys[kPerLane] = {}, tiles = 0;            // of this lane's rows
+        #pragma unroll 1
+        for (int n = 0; n < p.windows.lengths_per_row; ++n) {
+            int lengths[kPerLane];
+            #pragma unroll
+            for (int i = 0; i < kPerLane; ++i) {
+                const int row = min(kPerLane * lane.id + i, p.windows.rows - 1);
+                lengths[i] = p.windows.length(row * p.windows.lengths_per_row + n);
+            }
+            #pragma unroll
+            for (int i = 0; i < kPerLane; ++i) keys[i] = max(keys[i], lengths[i]);
+        }
+        #pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            keys[i] = kPerLane * lane.id + i < p.windows.rows ? min(keys[i], p.windows.limit) : 0;
+            tiles += tiles_of(keys[i]);
+        }
+        const Part part(p);
+        const uint32 total = __reduce_add_sync(kAllLanes, tiles), takers = p.few.takers;
+        if (total == 0 || part.idle(p)) return;
+        // A row's last run may be short, so there are up to as many more as there are rows.
+        uint32 run = Divisor(takers, p.few.takers_inverse)(total - 1) + 1;
+        uint32 enough = Divisor(takers - p.windows.rows, p.few.spare_inverse)(total - 1) + 1;
+        while (run < enough) {
+            const uint32 middle = (run + enough) / 2;
+            if (__reduce_add_sync(kAllLanes, runs_of(keys, middle)) <= takers) enough = middle;
+            else run = middle + 1;
+        }
+        // The lane that has the row of run `item`, and which of its rows that is.
+        const Divisor divisor(run);
+        const int mine = runs_of(keys, divisor), item = blockIdx.x + gridDim.x * part.share;
+        int end = mine;
+        #pragma unroll 1
+        for (int distance = 1; distance * kPerLane < p.windows.rows; distance *= 2) {
+            const int before = __shfl_up_sync(kAllLanes, end, distance);
+            if (lane.id >= distance) end += before;
+        }
+        const uint32 found = __ballot_sync(kAllLanes, end > item);
+        if (found == 0) return;
+        const int at = __ffs(found) - 1;
+        int rest = item - __shfl_sync(kAllLanes, end - mine, at), row = kPerLane * at;
+        int length = __shfl_sync(kAllLanes, keys[0], at);
+        #pragma unroll
+        for (int i = 1; i < kPerLane; ++i) {
+            const int next = __shfl_sync(kAllLanes, keys[i], at), runs = divisor(tiles_of(length) + run - 1);
+            if (rest >= runs) rest -= runs, length = next, row = kPerLane * at + i;
+        }
+        const Share<kTokens> work = share_of(p, row, length, part.set, rest * run, 1, (rest + 1) * run);
+        if (work.tile < work.to) Group::score(p, work, Group::open(p, work, lane), false, lane);
+    }
+
+    // Into how many runs the tiles of this lane's rows are cut, each of `run` tiles but for a row's last.
+    template <int kPerLane>
+    __device__ static int runs_of(const int (&keys)[kPerLane], const Divisor& run) {
+        int runs = 0;
+        #pragma unroll
+        for (int i = 0; i < kPerLane; ++i) runs += run(tiles_of(keys[i]) + run.by - 1);
+        return runs;
+    }
+    template <int kPerLane>
+    __device__ static int runs_of(const int (&keys)[kPerLane], uint32 run) { return runs_of(keys, Divisor(run)); }
 
     // ---- many rows -----------------------------------------------------------------------------------------------------
 
@@ -175,7 +215,7 @@ struct Rows {
     }
 
     __device__ static void run_many(const Params& p) {
-        ptx::griddepcontrol();
+        ptx::griddepcontrol_wait();
         const Lane lane;
         // The next row, which of its group's tokens are next, and how far they have come.
         for (int row = 0, done = 0, tile = 0;;) {

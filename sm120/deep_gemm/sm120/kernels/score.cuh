@@ -31,19 +31,19 @@ struct Scorer {
     // were loaded and copy four words before every mma, 4 of 9 instructions of the loop (24 Nov 2026).
     __device__ void load(int i, const Queries& queries, int token, uint32 zero, const Lane& lane) {
         const uint32 first_head = token * kHeads;
+        const uint8* values = queries.values + int64(first_head + lane.g) * Format::kRowBytes + Format::lane_offset(lane);
+        const uint8* factors = queries.weights + (token * queries.weights_stride + lane.g) * sizeof(Weight);
         #pragma unroll
         for (int m = 0; m < kHeadTiles; ++m) {
             uint32 rows[2][Format::kWords];
             #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int head = 16 * m + 8 * half + lane.g;
+                const int head = 16 * m + 8 * half;              // and lane.g: one address, constant offsets
                 uint32 loaded[Format::kLoaded] = {};
                 weights[i][m][half] = 0;     // heads that pad the last tile weigh nothing
-                if (16 * m + 8 * half < kHeads) {
-                    Format::load(loaded, queries.values + int64(first_head + head) * Format::kRowBytes
-                                         + Format::lane_offset(lane));
-                    weights[i][m][half] = weight(queries.weights
-                                                 + (token * queries.weights_stride + head) * sizeof(Weight));
+                if (head < kHeads) {
+                    Format::load(loaded, values + head * Format::kRowBytes);
+                    weights[i][m][half] = weight(factors + head * sizeof(Weight));
                 }
                 Format::widen(rows[half], loaded);
             }

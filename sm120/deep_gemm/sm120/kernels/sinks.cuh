@@ -20,10 +20,10 @@ template <class Logit>
 struct Stored {
     Logit* row;                  // column of key 0
     uint32 begin, count;         // the window
-    // `columns` > 0: column 0 is the window's first key. A window without keys drops all.
+    // `compressed`: column 0 is the window's first key.
     __device__ void open(const Output& p, int token, Window window, bool compressed) {
         begin = window.begin;
-        count = max(window.end - window.begin, 0);
+        count = window.end - window.begin;
         row = reinterpret_cast<Logit*>(p.logits) + token * p.stride + (compressed ? 0 : window.begin);
     }
 

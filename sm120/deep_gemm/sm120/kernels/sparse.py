@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from ..jit import MOST, Kernel, launch
-from .logits import Config, Lists, SparseParams, rows_per_group
+from .logits import Config, Lists, SparseParams, plan_of_few, rows_per_group
 from .windows import Windows
 
 # lists.cuh
@@ -131,6 +131,6 @@ def sparse(
     seal_ = seal(width, config.block, config.page, unaligned)
     p.windows = Lists(p.metadata, seal_, p.pitch, out.shape[0], width * config.block)
     p.rows_per_group = rows_per_group(config, 1)
-    p.slots_inverse = min(2**32 - 1, 2**32 // slots)
+    p.few = plan_of_few(config, slots, out.shape[0], 1)
     inputs = {"q": query, "q scales": query_scales, "weights": weights, **keys, "metadata": metadata}
     launch(config.kernel, out.device, (slots, 1), p, inputs, {"logits": out})

@@ -15,7 +15,7 @@ struct Stream {
 
     const Lane lane;
     const int step;              // from tile to tile
-    const uint32 last_key;       // that may be read
+    const int end, limit;        // of the keys of all tokens; and of those there are
     const uint32 never;          // 0, unknown to the compiler
     Source source;
     Scorer<Format, kHeads, kTokens, Weight> scorer;
@@ -23,11 +23,13 @@ struct Stream {
     uint32 words[4][Format::kLoaded];     // keys g, g + 8, g + 16, g + 24 of the tile
     uint32 scale, next_scale;
 
+    __device__ uint32 last_key() const { return Source::last_key(end, limit); }
+
     // Both sides of a branch that is never taken want the words, so the compiler asks for them before it. It would otherwise
     // move all loads to the end of the turn, since nothing in it needs them, and nothing would hide how long they take (64 x
     // 16K, FP8, stand-in on an H100: 62 instead of 57 us; prefill of 2,048 rows 457 instead of 380; 25 Nov 2026).
     template <int Half>
-    __device__ void demand() {
+    __device__ void demand(uint32 never) {
         if (never) {
             uint32* nowhere = reinterpret_cast<uint32*>(sinks[0].row);
             #pragma unroll
@@ -40,14 +42,14 @@ struct Stream {
     __device__ void fetch(uint32 tile) {
         #pragma unroll
         for (int j = 2 * Half; j < 2 * Half + 2; ++j) {
-            Format::load(words[j], source.template values<Half, kWhole>(tile, last_key, lane.g, 8 * j,
+            Format::load(words[j], source.template values<Half, kWhole>(tile, last_key(), lane.g, 8 * j,
                                                                         Format::lane_offset(lane)));
         }
     }
 
     template <bool kWhole>
     __device__ void fetch_scale(uint32 tile) {
-        next_scale = ptx::load_word(source.template scales<kWhole>(tile, last_key,
+        next_scale = ptx::load_word(source.template scales<kWhole>(tile, last_key(),
                                                                    Format::scale_key(lane, scorer.key_of(lane))));
     }
 
@@ -65,10 +67,10 @@ struct Stream {
             scorer.template keys<1>(sums[i][1], i, words[1], scale, lane);
         }
         if constexpr (kFetch) {
-            source.locate(next, step, last_key, lane);
+            source.locate(next, step, last_key(), lane);
             fetch<0, kWhole>(next);
             if constexpr (Format::kScaleFirst) fetch_scale<kWhole>(next);
-            demand<0>();
+            demand<0>(never);
         }
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
@@ -93,7 +95,7 @@ struct Stream {
 
     // Asks for the first tile.
     __device__ void begin(int tile) {
-        source.locate(tile, step, last_key, lane);
+        source.locate(tile, step, last_key(), lane);
         fetch<0, false>(tile);
         fetch<1, false>(tile);
         fetch_scale<false>(tile);
@@ -113,12 +115,12 @@ struct Stream {
     // Eight keys alone, a quarter of a tile: unit 4 * tile + key tile.
     __device__ void begin_eight(int unit) {
         const int tile = unit / 4, key = unit % 4 * 8;
-        source.locate(tile, 0, last_key, lane);
+        source.locate(tile, 0, last_key(), lane);
         const uint32 offset = Format::lane_offset(lane);
-        Format::load(words[0], key < kTile / 2 ? source.template values<0, false>(tile, last_key, key + lane.g, 0, offset)
-                                               : source.template values<1, false>(tile, last_key, key + lane.g, 0, offset));
+        Format::load(words[0], key < kTile / 2 ? source.template values<0, false>(tile, last_key(), key + lane.g, 0, offset)
+                                               : source.template values<1, false>(tile, last_key(), key + lane.g, 0, offset));
         next_scale = ptx::load_word(source.template scales<false>(
-            tile, last_key, key + (Format::kScaleFirst ? lane.g : scorer.key_of_eight(lane))));
+            tile, last_key(), key + (Format::kScaleFirst ? lane.g : scorer.key_of_eight(lane))));
     }
 
     __device__ void finish_eight(int unit) {

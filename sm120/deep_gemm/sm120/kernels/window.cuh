@@ -3,7 +3,7 @@
 
 #include "ptx.cuh"
 
-struct Window { int begin, end; };
+struct Window { int begin, end; };     // begin <= end
 
 struct Windows {
     const int* starts;       // [tokens] first key                               ragged; else null: 0
@@ -22,7 +22,15 @@ struct Windows {
             const int row = token / next_n;
             end = max(int(ptx::load_word(ends + row)), 0) - (next_n - 1 - (token - row * next_n));
         }
-        return {starts ? max(int(ptx::load_word(starts + token)), 0) : 0, max(0, min(end, limit))};
+        const int begin = starts ? max(int(ptx::load_word(starts + token)), 0) : 0;
+        return {begin, max(begin, min(end, limit))};
+    }
+
+    // The same of token `n` of `row`, paged.
+    __device__ int end(int row, int n) const {
+        const bool own = lengths_per_row == next_n;
+        const int length = ptx::load_word(ends + (own ? row * next_n + n : row));
+        return max(0, min(own ? length : max(length, 0) - (next_n - 1 - n), limit));
     }
 
     __device__ int length(int i) const { return ptx::load_word(ends + i); }
