@@ -91,7 +91,7 @@ def test_blocks_and_pages(block: int, block_kv: int, device: str) -> None:
 
 @pytest.mark.parametrize("tail", ["largest", "last", "garbage"])
 def test_what_comes_after_a_list_does_not_count(tail: str, device: str) -> None:
-    check(Sparse([130, 1, 0, 400, 90], width=32, heads=8, tail=tail, device=device), 64)
+    check(Sparse([130, 1, 0, 400, 90, 128], width=32, heads=8, tail=tail, device=device), 200)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -219,6 +219,9 @@ def test_no_rows_no_pages(device: str) -> None:
     assert sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(none, none.metadata()), 5).shape == (0, 5)
     problem = Sparse([40], heads=8, device=device)
     metadata = problem.metadata()
+    problem.context_lens.fill_(-3)
+    assert (sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5) == -1).all()
+    problem.context_lens.fill_(40)
     problem.kv_cache = problem.kv_cache[:0]
     assert (sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5) == -1).all()
 

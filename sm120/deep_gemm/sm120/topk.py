@@ -27,7 +27,7 @@ from .sparse import fp8_fp4_paged_sparse_mqa_logits
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
 _LOGITS_BYTES = 2**16  # of a row on average, that a prefill keeps for a while, and what goes with them
-_LEAST_ROWS = 256  # that it scores at once if it takes all of their keys
+_LEAST_ROWS = 64  # that it scores at once if it takes all of their keys: with fewer, pieces of all rows' are faster
 _PIECE = 256  # keys: what a piece has a multiple of, at least
 
 

@@ -4,8 +4,9 @@
 //
 // Nothing in a list is believed: it ends before the first block that is not full, and only its own part of that one counts.
 //
-// Grid    x: rows.
-// Bound   latency, of two dependent loads; 4 bytes an entry.
+// Grid    x: rows. It runs beside the kernel before it, the logits': lists and lengths are older than that one, which has
+//         waited for them.
+// Bound   latency, of three dependent loads; 4 bytes an entry.
 #pragma once
 
 #include "ptx.cuh"
@@ -25,7 +26,7 @@ template <int kThreads>
 __device__ inline void count_columns(const ListedColumnsParams& p) {
     constexpr int kWarps = kThreads / 32;
     __shared__ int ends[kWarps];
-    ptx::griddepcontrol();
+    if (p.limit == 0) ptx::griddepcontrol();   // a cache without pages: there was no kernel of logits
     const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int* list = p.lists + row * p.list_stride;
     const uint32 length = min(max(int(ptx::load_word(p.lengths + row)), 0), p.limit), full = length / p.block;
@@ -36,9 +37,10 @@ __device__ inline void count_columns(const ListedColumnsParams& p) {
     end = __reduce_min_sync(0xffffffff, end);
     if (lane == 0) ends[warp] = end;
     __syncthreads();
-    if (warp > 0) return;
-    end = __reduce_min_sync(0xffffffff, ends[lane % kWarps]);
-    if (lane > 0) return;
-    const bool cut = end < entries && ptx::load_word(list + end) == full;
-    p.columns[row] = end * p.block + (cut ? length % p.block : 0);
+    if (warp == 0) {
+        end = __reduce_min_sync(0xffffffff, ends[lane % kWarps]);
+        const bool cut = end < entries && ptx::load_word(list + end) == full;
+        if (lane == 0) p.columns[row] = end * p.block + (cut ? length % p.block : 0);
+    }
+    ptx::griddepcontrol();                     // what comes next waits for the logits by waiting for this
 }

@@ -24,8 +24,9 @@ class ListedColumnsParams(ctypes.Structure):
 
 
 KERNEL = Kernel(
-    "sparse_topk_columns", "listed_columns.cuh", f"    count_columns<{_THREADS}>(p);", _THREADS, ListedColumnsParams
-)
+    "sparse_topk_columns", "listed_columns.cuh", f"    count_columns<{_THREADS}>(p);", _THREADS, ListedColumnsParams,
+    follows=True,
+)  # fmt: skip
 
 
 def count_columns(

@@ -45,30 +45,31 @@ struct Stored<WithMaxima<Logit>> : Stored<Logit> {
     using Stored<Logit>::begin, Stored<Logit>::count;
     static constexpr uint32 kBlock = 8;
 
-    const Output* output;        // the parameters: no register is spent on what they say
-    int token, first;            // first: the block of column 0
+    uint8* maxima;               // that of block b is 4b bytes further on
+    uint32 reach;                // a block is stored if its first key is one of so many from begin - 7 on
 
     __device__ void open(const Output& p, int token, Window window, bool compressed) {
         Stored<Logit>::open(p, token, window, compressed);
-        output = &p;
-        this->token = token;
-        first = compressed ? begin / kBlock : 0;
+        const int first = compressed ? begin / kBlock : 0;                   // the block of column 0
+        const int room = (first + p.blocks) * kBlock - begin;
+        maxima = reinterpret_cast<uint8*>(p.maxima + token * p.maxima_stride - first);
+        reach = count ? min(int(count), room) + (kBlock - 1) : 0;
     }
 
     template <int kApart>
     __device__ void take(uint32 key, float logit) const {
-        const bool seen = key - begin < count;
+        const uint32 n = key - begin;
+        const bool seen = n < count;
         const Logit stored(logit);
-        if (seen) this->row[key - begin] = stored;
+        if (seen) this->row[n] = stored;
         float most = seen ? float(stored) : __int_as_float(0x7fffffff);
         most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
         most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, kApart));
         // The lane with a block's first key stores, if the window has any of its keys.
-        const uint32 last = begin + count - 1, column = key / kBlock - first;
-        if (key % kBlock == 0 && key + (kBlock - 1) >= begin && key <= last && count > 0 && column < output->blocks) {
-            if (key / kBlock == last / kBlock) most = __int_as_float(0x7f800000);
-            output->maxima[token * output->maxima_stride + column] = most;
+        if (key % kBlock == 0 && n + (kBlock - 1) < reach) {
+            if (int(n + kBlock) >= int(count)) most = __int_as_float(0x7f800000);
+            *reinterpret_cast<float*>(maxima + key / 2) = most;
         }
     }
 };
