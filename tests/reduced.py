@@ -24,12 +24,12 @@ if __name__ == "__main__":  # before what it brings
     sys.path.insert(1, str(Path(__file__).parent.parent / "sm120"))
 
 import torch
-from problems import Paged, Ragged, Sparse, check, poisoned
+from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 from vector_add import AddParams, make_kernel, write_header
 
 import deep_gemm
 from deep_gemm import sm120
-from deep_gemm.sm120 import reference
+from deep_gemm.sm120 import reference, settings
 from deep_gemm.sm120.jit import launch
 from deep_gemm.sm120.kernels import sparse
 
@@ -74,6 +74,12 @@ class Suite:
             "topk, bf16, parts and merge": lambda: self.topk([17000], 17000, 512, dtype=bf16),
             "topk, equal logits": lambda: self.topk([9000], 9000, 2048, fill=1.5),
             "candidates, parts and merge": lambda: self.candidates([9000, 40], 2048),
+            "paged, with maxima": lambda: self.paged([300, 0, 37], 100, heads=8, maxima=True),
+            "ragged, with maxima": lambda: self.ragged([0, 5, 64], [1, 5, 200], maxima=True),
+            "sparse, one row": lambda: self.sparse([300]),
+            "sparse logits and choice": lambda: self.sparse_topk([100, 0, 300], 50),
+            "logits and choice, keys in pieces": lambda: self.in_pieces(lambda: self.paged_topk([[700]] * 9, 50)),
+            "logits and choice, run in pieces": lambda: self.in_pieces(lambda: self.ragged_topk([3] * 9, [800] * 9, 7)),
             "logits and choice, paged": lambda: self.paged_topk([[900, 3], [0, 700]], 200),
             "logits and choice, ragged": lambda: self.ragged_topk([0, 100, 7], [900, 120, 1000], 200),
             "metadata, few and many rows": lambda: [self.metadata(rows) for rows in (1, 40, 1025, 3000)],
@@ -88,21 +94,30 @@ class Suite:
         if not self.garbage:
             assert torch.equal(schedule.cpu(), reference.schedule(lengths, 47))
 
-    def paged(self, lengths, slots, dtype=torch.float32, clean=False, **options) -> None:
+    def paged(self, lengths, slots, dtype=torch.float32, clean=False, maxima=False, **options) -> None:
         problem = Paged(lengths, device=self.device, **options)
         problem.context_lens, problem.block_table = self.spoiled(problem.context_lens, problem.block_table)
         schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, problem.block_kv, slots)
         (schedule,) = self.spoiled(schedule)
         out = self.output(len(problem.weights), problem.max_context_len, dtype)
-        deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule), clean, logits_dtype=dtype, out=out)
+        more = self.maxima(out) if maxima else {}
+        deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule), clean, logits_dtype=dtype, out=out, **more)
         self.compare(out, problem.expected, clean)
+        if maxima and not self.garbage:
+            ends = reference.windows(problem.context_lens, problem.next_n).flatten().tolist()
+            self.compare_maxima(more["block_max"], reference.block_max(out.cpu(), [0] * len(ends), ends))
 
-    def ragged(self, starts, ends, columns=0, dtype=torch.float32, clean=False, heads=16, **options) -> None:
+    def ragged(
+        self, starts, ends, columns=0, dtype=torch.float32, clean=False, heads=16, maxima=False, **options
+    ) -> None:
         problem = Ragged(starts, ends, max(ends), heads, device=self.device, **options)
         problem.ks, problem.ke = self.spoiled(problem.ks, problem.ke)
         out = self.output(len(starts), columns or max(ends), dtype)
-        deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), clean, columns, dtype, out=out)
+        more = self.maxima(out) if maxima else {}
+        deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), clean, columns, dtype, out=out, **more)
         self.compare(out, lambda: problem.expected(columns), clean)
+        if maxima and not self.garbage:
+            self.compare_maxima(more["block_max"], reference.block_max(out.cpu(), starts, ends))
 
     def sparse(self, lengths, **options) -> None:
         problem = Sparse(lengths, width=21, heads=8, device=self.device, **options)
@@ -168,7 +183,43 @@ class Suite:
             lengths = [end - start for start, end in zip(starts, ends)]
             self.compare_choice(positions, reference.topk(logits, lengths, k, starts))
 
+    def sparse_topk(self, lengths, k) -> None:
+        problem = Sparse(lengths, width=21, heads=8, device=self.device)
+        problem.lists, problem.context_lens = self.spoiled(problem.lists, problem.context_lens)
+        metadata = self.foreign(problem) if self.garbage else problem.metadata()
+        scores = self.output(len(lengths), k, torch.float32)
+        choice = sm120.fp8_fp4_paged_sparse_mqa_topk(
+            problem.q, problem.kv_cache, problem.weights, metadata, problem.width, problem.block, problem.lists,
+            problem.context_lens, k, translate=True, scores=scores,
+        )  # fmt: skip
+        if self.garbage:
+            return
+        for row, (length, logits) in enumerate(zip(lengths, problem.logits(metadata).float().cpu())):
+            seen = min(length, problem.width * 8)
+            if length > seen:
+                seen -= problem.lists[row, -1].item() == length // 8 and 8 - length % 8
+            count = min(k, seen)
+            assert scores[row, :count].sort(descending=True).values.cpu().equal(logits[:seen].topk(count).values)
+            assert (choice[row, count:] == -1).all() and (choice[row, :count] >= 0).all()
+
+    def in_pieces(self, call: Callable[[], None]) -> None:
+        """With rows that count as many, and little room for each: the best so far are carried from piece to piece."""
+        module = sys.modules["deep_gemm.sm120.topk"]
+        before = module._LOGITS_BYTES, module._LEAST_ROWS, module._PIECE, settings._num_sms
+        module._LOGITS_BYTES, module._LEAST_ROWS, module._PIECE, settings._num_sms = 2000, 99, 64, 4
+        try:
+            call()
+        finally:
+            module._LOGITS_BYTES, module._LEAST_ROWS, module._PIECE, settings._num_sms = before
+
     # ---- what they share ----
+
+    def maxima(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"block_max": self.output(len(out), -(-out.shape[1] // 8), torch.float32)}
+
+    def compare_maxima(self, maxima: torch.Tensor, expected: torch.Tensor) -> None:
+        wanted = torch.where(expected == -torch.inf, POISON, expected)
+        assert torch.equal(maxima.double().cpu(), wanted)
 
     def output(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """All poison, on the device by a copy."""

@@ -84,9 +84,10 @@ def test_the_submodule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if name.endswith("_logits")])
-def test_out_is_ours_alone_and_goes_by_keyword(name: str) -> None:
-    out = inspect.signature(getattr(deep_gemm, name)).parameters["out"]
-    assert out.kind is inspect.Parameter.KEYWORD_ONLY and out.default is None
+def test_what_is_ours_alone_goes_by_keyword(name: str) -> None:
+    parameters = inspect.signature(getattr(deep_gemm, name)).parameters.values()
+    ours = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert ours == {"out": None, "block_max": None}
 
 
 @pytest.mark.parametrize("name", OURS)

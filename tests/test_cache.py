@@ -77,6 +77,16 @@ def test_a_digest_is_that_of_the_parts() -> None:
     assert len(digests) == 7 and cache.digest("a", "b") == cache.digest(b"a", b"b")
 
 
+def test_no_file_stays_open(folder: Path) -> None:
+    stored(folder)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        name, _, file = stored(folder)
+        file.unlink()
+        assert cache.get(name) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # ---- an entry that is none ------------------------------------------------------------------------------------------
 
 

@@ -139,10 +139,11 @@ def test_repeated_blocks(device: str) -> None:
 
 
 def test_a_list_that_does_not_ascend_ends_early(device: str) -> None:
-    problem = Sparse([100, 64], width=13, heads=8, device=device)
+    problem = Sparse([100, 64, 100], width=13, heads=8, device=device)
     problem.lists[0] = torch.tensor([5, 12, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], dtype=torch.int32)
     problem.lists[1] = torch.tensor([7, 3, 5, 1, 0, -4, 2, 6, 7, 8, 9, 10, 11], dtype=torch.int32)
-    assert [len(row) for row in positions_of(problem)] == [12, 40]
+    problem.lists[2, 1:4] = torch.tensor([99, 12, 3], dtype=torch.int32)
+    assert [len(row) for row in positions_of(problem)] == [12, 40, 8]
     check(problem, 60)
 
 

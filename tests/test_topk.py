@@ -1,6 +1,7 @@
 """The k largest of each row: exactly those that a stable sort gives, whatever the values and whichever the path."""
 
 import importlib
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -121,6 +122,16 @@ def in_one_chunk_of(parts: int) -> Fill:
     return fill
 
 
+def in_few_lanes(rows: int, columns: int) -> torch.Tensor:
+    """The largest all lie in groups of few lanes, so that the maxima of groups tell little."""
+    mine = torch.arange(columns) // 4 % 32 < 2
+    return torch.randn(rows, columns) + 50.0 * mine
+
+
+def mostly_infinite(rows: int, columns: int) -> torch.Tensor:
+    return torch.where(torch.rand(rows, columns) < 0.5, torch.inf, torch.randn(rows, columns))
+
+
 FILLS: dict[str, Fill] = {
     "normal": torch.randn,
     "all equal": lambda rows, columns: torch.full((rows, columns), 1.5),
@@ -139,6 +150,8 @@ FILLS: dict[str, Fill] = {
     "third digit": one_digit_apart(0),
     "first digit": lambda rows, columns: torch.randint(-(2**31), 2**31, (rows, columns)).int().view(torch.float32),
     "one part has them all": in_one_chunk_of(3),
+    "few lanes have them all": in_few_lanes,
+    "mostly infinite": mostly_infinite,
 }
 SHAPES = [(700, 512), (700, 2048), (5000, 512), (5000, 2048), (11000, 512), (11000, 2048), (13000, 1000)]
 
@@ -159,9 +172,10 @@ def test_any_values_in_one_part(fill: str, columns: int, k: int, device: str, on
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_any_values_in_parts_of_several_pieces(fill: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "_num_sms", 2)
-    assert kernels.configure(torch.float32, 600, 2, 14000, 2)[1] == 2
-    check(FILLS[fill](2, 14000), [14000, 13923], 600, device=device)
+    monkeypatch.setattr(settings, "_num_sms", 4)
+    config, parts = kernels.configure(torch.float32, 600, 1, 70000, 4)
+    assert parts == 4 and config.groups and config.share * parts < 70000
+    check(FILLS[fill](1, 70000), [69923], 600, device=device)
 
 
 @pytest.mark.parametrize("columns, k", [(5000, 700), (11000, 512)])
@@ -170,20 +184,21 @@ def test_any_values_in_bf16(fill: str, columns: int, k: int, device: str) -> Non
     check(FILLS[fill](2, columns).bfloat16(), [columns, columns - 77], k, device=device)
 
 
-def test_the_rests_are_looked_at_only_where_they_matter() -> None:
-    """Bytes that the merge reads: of random rows the fronts alone; where one part has the largest, its rest as well."""
+def test_the_row_is_read_again_only_where_it_matters() -> None:
+    """Bytes that the merge reads: of random rows the fronts alone; where one part has the largest, the row as well."""
 
-    def read(fill: str) -> int:
-        logits = FILLS[fill](1, 11000)
+    def read(fill: Fill) -> tuple[int, int]:
+        logits = fill(1, 70000)
         with recording() as launches:
-            sm120.topk(logits, torch.tensor([11000], dtype=torch.int32), 2048)
-        return launches[1].bytes_read["workspace"]
+            sm120.topk(logits, torch.tensor([70000], dtype=torch.int32), 512)
+        assert launches[0].bytes_read["logits"] == 4 * 70000
+        return launches[1].bytes_read["workspace"], launches[1].bytes_read["logits"]
 
-    config, parts = kernels.configure(torch.float32, 2048, 1, 11000, 188)
+    config, parts = kernels.configure(torch.float32, 512, 1, 70000, 188)
     assert parts > 1
-    fronts = 8 * (parts + config.fronts // parts * parts)
-    assert read("normal") == fronts
-    assert read("one part has them all") > fronts
+    fronts, logits = read(torch.randn)
+    assert fronts > 8 * parts * (config.fronts // parts) and logits == 0
+    assert read(in_one_chunk_of(parts)) > (fronts, 4 * 70000)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def test_the_cost_follows_the_lengths() -> None:
         return sum(sum(launch.instructions.values()) for launch in launches)
 
     short, narrow, long = work(250_000, 4000), work(4000, 4000), work(250_000, 250_000)
-    assert short - narrow < 0.1 * long
+    assert short - narrow < 0.2 * long
 
 
 def test_more_than_2_to_the_31_logits(device: str) -> None:
@@ -507,10 +522,9 @@ def test_any_prefill(data: st.DataObject, device: str) -> None:
 
 def test_prefills_are_kept_within_64_KB_a_row() -> None:
     for rows in (2 * 188, 512, 1000, 4096):
-        for columns in (1000, 16_384, 65_536, 300_000, 1_000_000):
-            for k in (1, 512, 2048):
-                for next_n in (1, 2, rows):
-                    assert sm120.mqa_topk_workspace_bytes(rows, columns, k, next_n, "cpu") <= rows * 65536
+        for columns in (0, 1000, 16_384, 20_000, 65_536, 300_000, 1_000_000):
+            for k, next_n in itertools.product((1, 512, 2048), (1, 2, 4, rows)):
+                assert sm120.mqa_topk_workspace_bytes(rows, columns, k, next_n, "cpu") <= rows * 65536
 
 
 def test_no_keys_at_all(device: str) -> None:

@@ -206,7 +206,7 @@ def compare(name: str, logits: torch.Tensor, expected: torch.Tensor, lens: torch
 
 
 def tiles_of_few(tiles: torch.Tensor, slots: int, warps: int = 12) -> torch.Tensor:
-    """The same of few rows: one row's tiles go round all SMs; of more, each is cut into runs, as short as leaves one run
+    """The same of few rows: one row's tiles go round all SMs; more rows are cut into runs, as short as leaves one run
     to a warp, and these go round."""
     if len(tiles) == 1:
         return torch.bincount(torch.arange(int(tiles)) % slots, minlength=slots)

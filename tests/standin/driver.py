@@ -125,9 +125,9 @@ class Standin:
         from deep_gemm.sm120.emulator import Buffer
         from deep_gemm.sm120.jit import runtime
 
-        def launch(kernel, grid, parameters, inputs, outputs) -> None:
+        def launch(kernel, grid, parameters, inputs, outputs, updated) -> None:
             tensors = [(name, tensor, False) for name, tensor in inputs.items() if tensor is not None]
-            tensors += [(name, tensor, True) for name, tensor in outputs.items()]
+            tensors += [(name, tensor, True) for name, tensor in (*outputs.items(), *updated.items())]
             self.buffers = [Buffer.of(tensor, name, writable) for name, tensor, writable in tensors]
             self.kernels[kernel.name] = kernel
             runtime._launch_on_gpu(kernel, 0, self.stream, grid, parameters)

@@ -143,7 +143,7 @@ def _paged(
         debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
     config = logits.configure(
         jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
-        few := logits.few_rows(batch, next_n, slots), logits.together(next_n) if few else 1,
+        logits.few_rows(batch, next_n, slots), logits.together(batch, next_n),
         logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), maxima=block_max is not None,
     )  # fmt: skip
     # No key lies past what the table's columns hold, or in a cache without pages.

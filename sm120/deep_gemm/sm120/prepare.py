@@ -92,10 +92,10 @@ def _kernels(
     )  # fmt: skip
     kernels = [clean.kernel(logits_dtype)]
     if paged:
-        together = {logits.together(n) for n in range(1, min(next_n, 4) + 1)}
-        few = itertools.product(logits.FEW_ROWS, sorted(together))
-        distinct = {config(page=block_kv, few_rows=rows, next_n=n).kernel: None for rows, n in few}
-        kernels += [*metadata.KERNELS, *distinct, config(page=block_kv).kernel]
+        together = range(1, min(next_n, 2) + 1)
+        sizes = [*itertools.product(logits.FEW_ROWS, together), (0, 1), (0, 2)]
+        paged_kernels = {config(page=block_kv, few_rows=rows, next_n=n).kernel: None for rows, n in sizes}
+        kernels += [*metadata.KERNELS, *paged_kernels]
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels

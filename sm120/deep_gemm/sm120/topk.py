@@ -438,9 +438,13 @@ def _plan(rows: int, next_n: int, columns: int, k: int, page: int, num_sms: int)
     """
     if rows < 2 * num_sms:
         return _Turns(rows, rows, columns, k, num_sms)
-    fit = rows * _LOGITS_BYTES // (4 * _stride(columns)) if columns else rows
-    if fit >= max(min(rows, _LEAST_ROWS), next_n):
-        return _Turns(rows, min(rows, max(1, fit // next_n) * next_n), columns, k, num_sms)
+    budget, row = rows * _LOGITS_BYTES, max(4 * _stride(columns), 1)
+    step = min(rows, budget // row) // next_n * next_n
+    while step >= min(rows, _LEAST_ROWS) and step > 0:
+        turns = _Turns(rows, step, columns, k, num_sms)
+        if turns.bytes <= budget:
+            return turns
+        step -= -(-(turns.bytes - budget) // (row * next_n)) * next_n
     return _Pieces(rows, columns, k, page, num_sms)
 
 

@@ -48,7 +48,7 @@ struct PagedKeys {
     __device__ void open(uint32 tile, uint32 step, uint32 last_key, const Lane& lane) {
         #pragma unroll
         for (int half = 0; half < (kOnePage ? 1 : 2); ++half) {
-            const uint32 key = min((tile + lane.id * step) * kTile + half * kTile / 2, last_key);
+            const uint32 key = min(tile * kTile + lane.id * step * kTile + half * kTile / 2, last_key);
             ahead.halves[half] = min(ptx::load_word(p->block_table + (table + key / kPage)), p->pages - 1);
         }
         turn = 0;

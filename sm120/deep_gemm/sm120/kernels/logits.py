@@ -17,6 +17,7 @@ TILE = 32  # keys that a warp takes at a time
 EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
+_MOST_REQUESTS = 1024  # of a decode step
 _QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
 _PARTS_OF_SM, _PARTS_IN_STRIPE, _STRIPES = 256, 16, 4
@@ -119,7 +120,7 @@ class Config:
 
     page       keys of a page; 0: ragged
     few_rows   paged, sparse: the grid shares out the tiles of all rows, one of FEW_ROWS at most; 0: blocks take groups
-    next_n     with few rows: query tokens of each, as far as they can be taken together (`together`)
+    next_n     paged: so many tokens, at most, are likely to see the same keys (`together`)
     alignment  of every row of FP8 queries and keys, in bytes: the widest load is one of so many
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
@@ -156,10 +157,10 @@ class Config:
     @cached_property
     def tokens(self) -> int:
         """Of a warp: two where a query takes at most 16 registers of a lane, since what it takes to bring a key is then
-        worth the while; with few rows no more than a row has. A list of blocks is one row's."""
+        worth the while; paged, no more than are likely to see the same keys. A list of blocks is one row's."""
         small = self.padded_heads <= (32 if self.fp4 else 16)
         most = 2 if small and self.arch.startswith("sm_12") and not self.block else 1
-        return min(most, self.next_n) if self.few_rows else most
+        return min(most, self.next_n) if self.page else most
 
     @cached_property
     def warps(self) -> int:
@@ -212,11 +213,7 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         template, run = ("SparseEights", "run") if config.eights else ("Sparse", run)
         call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
-        layout, page, header = (
-            "paged",
-            f"_p{config.page}_{rows}{f'_t{config.tokens}' if config.few_rows else ''}",
-            "paged.cuh",
-        )
+        layout, page, header = "paged", f"_p{config.page}_{rows}_t{config.tokens}", "paged.cuh"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}>::{run}(p);", PagedParams
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
@@ -232,10 +229,10 @@ def alignment(*places: int) -> int:
 
 
 def few_rows(rows: int, next_n: int, slots: int) -> int:
-    """Which of FEW_ROWS holds `rows`, if they are taken one by one, else 0. Rows by the hundred are a prefill: neighbours see the same keys, which should
-    leave L2 once. Fewer rows than slots are a decode step, whose requests have nothing in common. (Where they have
-    nothing in common all the same, taking 8 at once costs or saves less than 3%: H200, 256 rows of 1K to 8K keys,
-    24 Nov 2026.)"""
+    """Which of FEW_ROWS holds `rows`, if they are taken one by one, else 0. Rows by the hundred are a prefill, whose
+    neighbours see the same keys, which should leave L2 once. Fewer rows than slots, or not many more, are a decode
+    step, whose requests have nothing in common. (Where they have nothing in common all the same, taking 8 at once
+    costs or saves less than 3%: H200, 256 rows of 1K to 8K keys, 24 Nov 2026.)"""
     if next_n > FEW_TOKENS:
         return 0
     if rows >= slots and (rows <= FEW_ROWS[1] or rows >= 2 * slots or rows * next_n > 6 * slots):
@@ -248,9 +245,10 @@ def eights(rows: int, columns: int, slots: int) -> bool:
     return rows == 1 and columns <= 8 * EIGHTS_WARPS * slots
 
 
-def together(next_n: int) -> int:
-    """How many tokens of a row it pays to take together, if there is room for them: 1 or 2."""
-    return min(2, next_n)
+def together(rows: int, next_n: int) -> int:
+    """How many tokens it pays to take together, if there is room for them: 1 or 2. Those of a row; and neighbours
+    where there are more rows than a decode step has."""
+    return 2 if rows > _MOST_REQUESTS else min(2, next_n)
 
 
 def rows_per_group(config: Config, next_n: int) -> int:

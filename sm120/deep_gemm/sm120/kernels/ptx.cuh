@@ -9,10 +9,17 @@ using int64 = long long;
 
 namespace ptx {
 
-// 9.7.13.13 griddepcontrol: wait for the kernels that this one depends on, and let the next one be set up meanwhile.
-__device__ inline void griddepcontrol() {
+// 9.7.13.13 griddepcontrol: wait for the kernels that this one depends on.
+__device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The same, and let the next kernel be set up meanwhile.
+__device__ inline void griddepcontrol() {
+    griddepcontrol_wait();
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -35,6 +42,13 @@ __device__ inline void load(uint32* words, const void* address) {
     }
 }
 
+// The same under a predicate: without it the words stay.
+__device__ inline void load_if(uint32 (&words)[4], const void* address, bool there) {
+    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %5, 0;\n\t"
+                 "@there ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(int(there)));
+}
+
 __device__ inline uint32 load_word(const void* address) {
     uint32 word;
     load<1>(&word, address);
@@ -45,6 +59,34 @@ __device__ inline uint32 load_half(const void* address) {
     uint16 half;
     asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(address));
     return half;
+}
+
+// 9.7.6.2 setp, and what it guards: of code that a compiler turns into branches with all their arithmetic.
+
+// count += a >= b
+__device__ inline void count_if_at_least(int& count, float a, float b) {
+    asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(count) : "f"(a), "f"(b));
+}
+
+// if (a >= b) *to++ = {a, word}, in shared memory
+__device__ inline void store_if_at_least(uint32& to, float a, float b, uint32 word) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p st.shared.v2.b32 [%0], {%1, %3};\n\t"
+                 "@p add.u32 %0, %0, 8;\n\t}" : "+r"(to) : "f"(a), "f"(b), "r"(word) : "memory");
+}
+
+__device__ inline uint32 shared_address(const void* address) { return uint32(__cvta_generic_to_shared(address)); }
+
+// 9.7.13.5 atom: lane by lane; a compiler would have one lane add for all, which takes longer where they are few.
+__device__ inline int atom_add_shared(int* address, int x) {
+    int before;
+    asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(before) : "r"(uint32(__cvta_generic_to_shared(address))), "r"(x) : "memory");
+    return before;
+}
+
+// What the compiler is to keep, rather than to compute again wherever it is used.
+__device__ inline int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 // 9.7.9.22 cvt.rn.bf16

@@ -28,7 +28,7 @@ struct Ragged {
         const int token = first_token + lane.id;
         if (lane.id >= Group::kSize || token >= p.windows.rows) return {0, 0};
         Window window = p.windows.of(token);
-        if (p.columns) window.end = min(window.end, window.begin + p.columns);
+        if (p.columns) window.end = window.begin + min(window.end - window.begin, p.columns);
         return window;
     }
 

@@ -31,11 +31,11 @@ static_assert(sizeof(SparseParams) == PARAMS_BYTES, "the launcher packs a differ
 template <class Format, int kHeads, int kPage, int kBlock, class Weight, class Logit, int kWarps>
 using Sparse = Rows<SparseParams, Format, kHeads, ListedKeys<kPage, kBlock, Format::kRowBytes>, Weight, Logit, kWarps, 1>;
 
-// One row (a decode step of one request) of no more blocks than the grid's warps take: each takes eight keys that lie together.
-// Two round trips follow each other, and nothing is looked for: the place of the keys, then they; meanwhile the query comes.
-// It is the same in all warps of a block: each asks for eight heads of it and finds the others in shared memory. Warps wait
-// for each other there alone, while keys are on their way; else each comes to its end as soon as its own keys are there, so
-// that the slowest place is not added to the slowest keys.
+// One row (a decode step of one request) of no more blocks than the grid's warps take: each takes eight keys that lie together,
+// neighbours are in one block, so that it finds their places in a sector or two. Two round trips follow each other, and nothing
+// is looked for: the place of the keys, then they; meanwhile the query comes. It is the same in all warps of a block: each asks
+// for eight heads of it and finds the others in shared memory. Warps wait for each other there alone, while keys are on their
+// way; else each comes to its end as soon as its own keys are there, so that the slowest place is not added to the slowest keys.
 template <class Format, int kHeads, int kPage, int kBlock, class Weight, class Logit, int kWarps>
 struct SparseEights {
     using Source = ListedKeys<kPage, kBlock, Format::kRowBytes>;
@@ -53,7 +53,7 @@ struct SparseEights {
     __device__ static void run(const SparseParams& p) {
         ptx::griddepcontrol();
         const Lane lane;
-        const uint32 warp = threadIdx.x / 32, eight = blockIdx.x + gridDim.x * warp, last = p.windows.limit / 8 - 1;
+        const uint32 warp = threadIdx.x / 32, eight = blockIdx.x * kWarps + warp, last = p.windows.limit / 8 - 1;
         const uint8* list = p.keys.metadata + kFirstRow + sizeof(RowHead);
         uint32 place = ptx::load_word(list + 4 * (min(eight, last) / Source::kEights));
         const RowHead head = p.windows.asked(0);
@@ -110,6 +110,6 @@ struct SparseEights {
         Stored<Logit> sink;
         sink.open(p.output, 0, {0, int(8 * count)}, false);
         const float logit = Format::finish(scorer.eight(0, keys, scale, lane), scale);
-        sink.take(lane.g < 2 ? 8 * eight + scorer.key_of_eight(lane) : kNoKey, logit);
+        sink.template take<Scorer::kApartOfEight>(lane.g < 2 ? 8 * eight + scorer.key_of_eight(lane) : kNoKey, logit);
     }
 };

@@ -5,21 +5,20 @@
 //
 // The same for candidates of a sparse indexer: the keys are maxima of blocks of keys, the lists ascend, and end in 2^31 - 1.
 //
-// A value becomes a key, an uint32 of the same order (0: nothing); a key and ~position together are in order without ties.
-// The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: the upper 11 bits of an
-// fp16, 32 bins to each power of two from 2^-14 to 2^16, of both signs. As a rule the bin in which the k-th falls holds a
-// few keys, which are ranked by comparing them with each other. Many are narrowed down by further histograms,
-// 11 bits at a time: of the keys within the bin, then, where equal keys are left to choose among, of ~position. Nothing is
-// sampled and no buffer can overflow: what does not fit is narrowed first, whatever the values are.
+// The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: the upper bits of an
+// fp16, 32 bins to each power of two from 2^-14 to 2^16, of both signs. As a rule the bin in which the k-th falls holds a few
+// keys, which are ranked by comparing them with each other.
 //
-// Grid    x: rows; y: parts of a row, as many as fill the chip. A row of few keys uses fewer of them, so that the cost
-//         follows the lengths, not the width. Parts take turns, 32 vectors at a time: hot stretches are shared out.
-// Block   reads its part once, a piece at a time in registers, the next one on its way meanwhile. The best so far are kept
-//         in a list; a key must pass the gate, the least that can still be among the k largest, to get there. When the list
-//         is full it is narrowed and the gate rises. A lone part ends with the k largest. Others publish what could be
-//         among them: the front, as many of the largest as the merge has registers for, and the rest.
-// Merge   one block a row, a second launch: no block waits for another one. It takes all fronts; only where a front ended
-//         above the row's threshold does it look at that part's rest.
+// Whole   a block holds its row, or its part of one, in registers, counts all of it, and takes what lies above the bin.
+// Sifted  longer rows go by in pieces. Of the first one the maxima of small groups are counted alone: k groups, and so k keys
+//         or more, reach the gate found so, and few others do. They are listed, as are those of later pieces that reach it.
+//         When the list is full it is counted, and the gate rises. The k largest are taken from the list.
+// Parts   few rows are shared out among blocks, 32 vectors at a time, so that hot stretches are too. Each part publishes its
+//         front: as many of the largest as the merge has registers for, and the gate that all of them reach and nothing else.
+// Merge   one block a row, a second launch: no block waits for another one. Only if a part's gate lies above the k-th of
+//         all fronts can keys be missing: then as below.
+// Slowly  what does not fit, whatever the values are (equal, NaN, all in one bin or one part): one block reads the row again
+//         for each digit of the k-th key and of its position. Slower, never different.
 // Lane    16 bytes of the row at a time. Places in the output follow from ballots and sums, not from who came first: two
 //         runs are bitwise equal.
 // Bound   one row: latency, of loads, histograms and barriers; rows by the thousand: reading the logits.
@@ -47,21 +46,23 @@ struct TopkParams {
     int* positions;          // [rows][positions_stride], or null
     float* scores;           // [rows][scores_stride], or null
     int64 table_stride, out_stride, positions_stride, scores_stride;
-    // What parts leave for the merge: {key, position}, key 0 where there is none
-    uint2* heads;            // [rows][parts] {entries of the rest, key that all of the front reach and nothing else does}
-    uint2* fronts;           // [rows][parts][front]
-    uint2* rests;            // [rows][parts][kCapacity]
+    // What parts leave for the merge
+    float* gates;            // [rows][parts] what all of a front reach, and nothing else of the part does
+    uint2* fronts;           // [rows][parts][front] {value, position}, NaN where there is none
     int parts;
 };
 static_assert(sizeof(TopkParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 constexpr uint32 kAllLanes = 0xffffffff;
-constexpr int kDigit = 11, kBins = 1 << kDigit;
-constexpr int kMostK = kBins;
-constexpr uint32 kNothing = 0, kNan = 1, kZero = 0x80000000;    // keys
+constexpr uint32 kNowhere = 0xffffffff;                                  // a position that no key has
+constexpr uint32 kNothing = 0, kNan = 1, kZero = 0x80000000;             // keys of the slow way, in the order of their values
+constexpr uint32 kNanWord = 0xffffffff;                                  // one fp32 or two bf16
 
+__device__ inline float lowest() { return __int_as_float(0xff800000); }
+
+// Values are without -0: x + 0 turns it into +0.
 __device__ inline uint32 key_of(float x) {
-    const uint32 bits = __float_as_uint(x + 0.0f);    // -0 + 0 is +0
+    const uint32 bits = __float_as_uint(x);
     return x == x ? bits ^ (uint32(int(bits) >> 31) | kZero) : kNan;
 }
 
@@ -69,416 +70,95 @@ __device__ inline float value_of(uint32 key) {
     return __uint_as_float(key & kZero ? key ^ kZero : ~key);
 }
 
-// Bins, the largest keys first: of an fp16, rounded towards zero and inverted unless it is negative, the upper 11 bits.
-constexpr int kBinShift = 16 - kDigit, kNegative = kBins / 2;
+// ---- bins: the largest values first, NaN in bin 0, which counts for nothing ----
 
-struct Bins { uint32 first, second; };
+// Of an fp16, rounded towards zero and inverted unless it is negative, the upper bits.
+template <int kDigit>
+struct Bins {
+    static constexpr int kShift = 16 - kDigit, kCount = 1 << kDigit, kNegative = kCount / 2;
 
-__device__ inline Bins bins_of(uint32 first, uint32 second) {
-    const float lowest = __int_as_float(0xff800000);              // -inf instead of NaN
-    const uint32 halves = ptx::cvt_rz_f16x2(fmaxf(value_of(second), lowest), fmaxf(value_of(first), lowest));
-    const uint32 codes = halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
-    return {(codes & 0xffff) >> kBinShift, codes >> (16 + kBinShift)};
-}
+    // Of two values; that of `second` in the upper half.
+    __device__ static uint32 codes(float first, float second) {
+        const uint32 halves = ptx::cvt_rz_f16x2(second, first);
+        return halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
+    }
 
-// The least key that is in bin `bin` or before it.
-__device__ inline uint32 edge_of(int bin) {
-    if (bin < kNegative) return kZero + __float_as_uint(ptx::float_of_half(((kNegative - 1 - bin) << kBinShift)));
-    const uint32 past = (bin - kNegative + 1) << kBinShift;
-    return past > 0x7c00 ? kNan : kZero - __float_as_uint(ptx::float_of_half(past));
-}
-
-// All that is at or above it is chosen.
-struct Bound {
-    uint32 key, tie;         // of two equal keys the one of the larger ~position is above
-
-    __device__ bool reached(uint32 other, uint32 position) const {
-        return tie == 0 ? other >= key : other > key || (other == key && ~position >= tie);
+    // The least value that is in a bin or before it; of bins before that of +inf NaN, which none reaches.
+    __device__ static float edge(int bin) {
+        const bool negative = bin >= kNegative;         // what is past it is not in it
+        const int half = (negative ? bin + 1 : kNegative - 1 - bin) << kShift;
+        const float value = __int_as_float(__float_as_int(ptx::float_of_half(half)) - int(negative));
+        return bin >= kNegative + (0x7c00 >> kShift) ? lowest() : value;
     }
 };
 
-// A block's choice among keys that come piece by piece. `kFresh`: keys of a piece in a lane. `kOrdered`: positions in later
-// pieces are larger, so that later keys must be larger than the gate.
-template <int kThreads, int kFresh, int kCapacity, bool kOrdered>
-struct Choice {
-    static constexpr int kWarps = kThreads / 32, kThreadBins = kBins / kThreads;
-    static constexpr int kTies = kThreads < 512 ? 64 : 128;            // as many are ranked by comparing
-    static_assert(kThreads % 32 == 0 && kWarps <= 32 && kBins % kThreads == 0);
+// ---- rows ----
 
-    struct Match { int bin, above, inside; };         // the first bin by which there are as many as wanted
+// 16 bytes of logits at a time.
+template <class Logit>
+struct Vector {
+    static constexpr int kKeys = 16 / sizeof(Logit);
+    uint32 words[4];
 
-    struct Memory {
-        uint4 histograms[2][kBins / 4];               // one is counted in, the other is cleared meanwhile
-        uint2 list[kCapacity];                        // {key, position}
-        uint2 ties[kTies];                            // {key, ~position}
-        uint32 counts[2][kWarps], totals[kWarps];
-        Match match[2];
-        Bound bound;
-        int tied;
-    };
-
-    using Keys = uint32[kFresh];
-
-    Memory& memory;
-    const int k, position_bits;
-    const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int listed = 0;
-    uint32 gate = kNan;
-    int turn = 0, count_turn = 0;
-
-    __device__ Choice(Memory& memory, int k, int length) : memory(memory), k(k), position_bits(32 - __clz(length)) {}
-
-    __device__ void clear_histogram(int which) {
-        #pragma unroll
-        for (int i = thread; i < kBins / 4; i += kThreads) memory.histograms[which][i] = {0, 0, 0, 0};
-    }
-
-    // To be followed by a barrier before the first piece.
-    __device__ void start() {
-        clear_histogram(0);
-        if (thread == 0) memory.tied = 0, memory.match[1].bin = kBins;
-    }
-
-    // All lanes of a warp visit as many. `visit(key, position)`
-    template <class Position, class Visit>
-    __device__ void each(const Keys& keys, Position position, Visit visit) const {
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) visit(keys[i], position(i));
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(first);
-            visit(entry.x, entry.y);
-        }
-    }
-
-    __device__ uint2 entry_of(int first) const {
-        return first + thread < listed ? memory.list[first + thread] : uint2{kNothing, 0};
-    }
-
-    // ---- the bound ----
-
-    __device__ void count(uint32 bin) {
-        atomicAdd(reinterpret_cast<uint32*>(memory.histograms[turn]) + bin, 1);
-    }
-
-    __device__ void seek(Match& match, int want, int before, int sum, const uint32 (&bins)[kThreadBins]) const {
-        if (before < want && before + sum >= want) {
-            int bin = 0;
-            #pragma unroll
-            for (int i = 0; i + 1 < kThreadBins; ++i) {
-                if (bin == i && before + int(bins[i]) < want) before += bins[i], bin = i + 1;
-            }
-            int inside = bins[0];
-            #pragma unroll
-            for (int i = 1; i < kThreadBins; ++i) inside = bin == i ? bins[i] : inside;
-            match = {thread * kThreadBins + bin, before, inside};
-        }
-        if (thread == kThreads - 1 && before + sum < want) match = {kBins, before + sum, 0};
-    }
-
-    // After all lanes have counted. Also the match of `other` into memory.match[1], if it is more than 0.
-    __device__ Match find(int want, int other) {
-        const uint32* histogram = reinterpret_cast<const uint32*>(memory.histograms[turn]) + thread * kThreadBins;
-        turn ^= 1;
-        __syncthreads();
-        uint32 bins[kThreadBins], sum = 0;
-        #pragma unroll
-        for (int i = 0; i < kThreadBins; ++i) sum += bins[i] = histogram[i];
-        uint32 until = sum;
-        #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const uint32 below = __shfl_up_sync(kAllLanes, until, distance);
-            if (lane >= distance) until += below;
-        }
-        if (lane == 31) memory.totals[warp] = until;
-        clear_histogram(turn);
-        __syncthreads();
-        const int before = until - sum + __reduce_add_sync(kAllLanes, lane < warp ? memory.totals[lane] : 0);
-        seek(memory.match[0], want, before, sum, bins);
-        if (other > 0) seek(memory.match[1], other, before, sum, bins);
-        __syncthreads();
-        return memory.match[0];
-    }
-
-    // Digit by digit: the prefix of the words of those that `belong`, `bits` long, such that `want` or more, at most `room`,
-    // are at or above it. `want` and `room` are left with what is to be had of those equal to it: want 0 where all are.
-    template <class Position, class Belongs, class Word>
-    __device__ uint32 descend(const Keys& keys, Position position, int bits, int& want, int& room, Belongs belongs, Word word) {
-        uint32 prefix = 0;
-        #pragma unroll 1
-        do {
-            const int shift = max(bits - kDigit, 0);
-            const uint32 known = bits < 32 ? kAllLanes << bits : 0;
-            each(keys, position, [&](uint32 key, uint32 position) {
-                const uint32 rest = word(key, position) ^ prefix;
-                if (belongs(key) && (rest & known) == 0) count(kBins - 1 - (rest >> shift));
-            });
-            const Match match = find(want, 0);
-            prefix |= uint32(kBins - 1 - match.bin) << shift;
-            want -= match.above, room -= match.above;
-            if (match.inside <= room) want = 0;
-            bits = shift;
-        } while (want > 0 && bits > 0);
-        return prefix;
-    }
-
-    // The bound that `want` of the keys from `low` up to, not including, `high` reach.
-    template <class Position>
-    __device__ Bound rank(const Keys& keys, Position position, int want, int inside, uint32 low, uint32 high) {
-        each(keys, position, [&](uint32 key, uint32 position) {
-            if (key >= low && key < high) memory.ties[atomicAdd(&memory.tied, 1)] = {key, ~position};
-        });
-        __syncthreads();
-        uint2 others[kTies / 32];
-        #pragma unroll
-        for (int i = 0; i < kTies / 32; ++i) {
-            others[i] = {kNothing, 0};
-            if (32 * i < inside && 32 * i + lane < inside) others[i] = memory.ties[32 * i + lane];
-        }
-        #pragma unroll 1
-        for (int i = warp; i < inside; i += kWarps) {
-            const uint2 tie = memory.ties[i];
-            int above = 0;
-            #pragma unroll
-            for (int j = 0; j < kTies / 32; ++j) {
-                if (32 * j >= inside) break;
-                const uint2 other = others[j];
-                above += __popc(__ballot_sync(kAllLanes, other.x > tie.x || (other.x == tie.x && other.y > tie.y)));
-            }
-            if (above != want - 1) continue;
-            bool alone = true;       // of the keys that are equal to it none is left out
-            #pragma unroll
-            for (const uint2& other : others) alone &= !(other.x == tie.x && other.y < tie.y);
-            alone = __all_sync(kAllLanes, alone);
-            if (lane == 0) memory.bound = {tie.x, alone ? 0 : tie.y};
-        }
-        if (thread == 0) memory.tied = 0;
-        __syncthreads();
-        return memory.bound;
-    }
-
-    // Finds a bound that k keys or more reach, but at most `room`; all do where there are no more than k. `front`, if it is
-    // more than 0: also the least key such that it and larger ones are at most so many.
-    template <class Position>
-    __device__ Bound narrow(const Keys& keys, Position position, int room, int front, uint32& front_key) {
-        static_assert(kFresh % 2 == 0);
-        #pragma unroll
-        for (int i = 0; i < kFresh; i += 2) {
-            const Bins bins = bins_of(keys[i], keys[i + 1]);
-            if (keys[i] != kNothing) count(bins.first);
-            if (keys[i + 1] != kNothing) count(bins.second);
-        }
-        #pragma unroll 1
-        for (int i = thread; i < listed; i += kThreads) count(bins_of(memory.list[i].x, kNan).first);
-        const Match match = find(k, front > 0 ? front + 1 : 0);
-        if (front > 0) {
-            const int past = memory.match[1].bin;
-            front_key = past == kBins ? kNan : past == 0 ? kAllLanes : edge_of(past - 1);
-        }
-        if (match.bin == kBins) return {kNan, 0};
-        const uint32 low = edge_of(match.bin), high = match.bin == 0 ? kAllLanes : edge_of(match.bin - 1);
-        int want = k - match.above;
-        room -= match.above;
-        if (match.inside <= room) return {low, 0};
-        if (__builtin_expect(match.inside <= kTies, 1)) return rank(keys, position, want, match.inside, low, high);
-
-        const uint32 key = low + descend(keys, position, 32 - __clz(high - low - 1), want, room,
-                                         [&](uint32 key) { return key >= low && key < high; },
-                                         [&](uint32 key, uint32) { return key - low; });
-        if (want == 0) return {key, 0};
-        const uint32 unused = kAllLanes << position_bits;         // bits that no position has
-        return {key, unused | descend(keys, position, position_bits, want, room,
-                                      [&](uint32 other) { return other == key; },
-                                      [&](uint32, uint32 position) { return ~position ^ unused; })};
-    }
-
-    // ---- what becomes of those that reach it ----
-
-    // Of the warps' counts the sum, and the sum before this one. A barrier.
-    struct Places { int first, total; };
-
-    __device__ Places share_out(int mine) {
-        uint32* counts = memory.counts[count_turn];
-        count_turn ^= 1;
-        if (lane == 0) counts[warp] = mine;
-        __syncthreads();
-        const int count = lane < kWarps ? counts[lane] : 0;
-        return {int(__reduce_add_sync(kAllLanes, lane < warp ? count : 0)), int(__reduce_add_sync(kAllLanes, count))};
-    }
-
-    // Of the fresh keys that equal the bound's those that do not reach it are nothing.
-    template <class Position>
-    __device__ void settle(Keys& keys, Position position, Bound bound) const {
-        if (__builtin_expect(bound.tie == 0, 1)) return;
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) {
-            if (keys[i] == bound.key && ~position(i) < bound.tie) keys[i] = kNothing;
-        }
-    }
-
-    // `put(place, key, position)`, places from 0, for each one that reaches `bound` with a key from `low` up to, not
-    // including, `high`; fresh ones are settled. Returns how many there are.
-    template <class Position, class Put>
-    __device__ int place(const Keys& keys, Position position, Bound bound, uint32 low, uint32 high, Put put) {
-        uint32 fresh[kFresh];
-        int mine = 0;
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) mine += __popc(fresh[i] = __ballot_sync(kAllLanes, keys[i] >= low && keys[i] < high));
-        auto chosen = [&](uint2 entry) { return entry.x >= low && entry.x < high && bound.reached(entry.x, entry.y); };
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) mine += __popc(__ballot_sync(kAllLanes, chosen(entry_of(first))));
-        const Places places = share_out(mine);
-        const uint32 self = 1u << lane;
-        int first = places.first;
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) {
-            if (fresh[i] & self) put(first + __popc(fresh[i] & (self - 1)), keys[i], position(i));
-            first += __popc(fresh[i]);
-        }
-        #pragma unroll 1
-        for (int of = 0; of < listed; of += kThreads) {
-            const uint2 entry = entry_of(of);
-            const bool mine = chosen(entry);
-            const uint32 all = __ballot_sync(kAllLanes, mine);
-            if (mine) put(first + __popc(all & (self - 1)), entry.x, entry.y);
-            first += __popc(all);
-        }
-        return places.total;
-    }
-
-    template <class Position>
-    __device__ void append(const Keys& keys, Position position, Places places) {
-        int first = listed + places.first;
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) {
-            const uint32 all = __ballot_sync(kAllLanes, keys[i] != kNothing);
-            if (keys[i] != kNothing) memory.list[first + __popc(all & ((1u << lane) - 1))] = {keys[i], position(i)};
-            first += __popc(all);
-        }
-        listed += places.total;
-    }
-
-    __device__ int count_in_warp(const Keys& keys) const {
-        int mine = 0;
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) mine += __popc(__ballot_sync(kAllLanes, keys[i] != kNothing));
-        return mine;
-    }
-
-    // Those of the list and of the fresh keys that reach the bound are the list.
-    template <class Position>
-    __device__ void keep(Keys& keys, Position position, Bound bound) {
-        int kept = 0;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {   // places never lie past those that have been read
-            const uint2 entry = entry_of(first);
-            const bool mine = bound.reached(entry.x, entry.y);
-            const uint32 all = __ballot_sync(kAllLanes, mine);
-            const Places places = share_out(__popc(all));
-            if (mine) memory.list[kept + places.first + __popc(all & ((1u << lane) - 1))] = entry;
-            kept += places.total;
-        }
-        settle(keys, position, bound);
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) keys[i] = keys[i] >= bound.key ? keys[i] : kNothing;
-        const Places places = share_out(count_in_warp(keys));
-        listed = kept;
-        append(keys, position, places);
-        gate = bound.key + kOrdered;
-    }
-
-    // Takes a piece of keys that pass the gate. The last one, or one for which the list has no room, is narrowed with the list: then the bound is
-    // told, and of one that is not the last `keep` must follow.
-    template <class Position>
-    __device__ bool add(Keys& keys, Position position, bool last, int room, int front, Bound& bound, uint32& front_key) {
-        const Places places = last ? Places{0, kCapacity} : share_out(count_in_warp(keys));
-        if (listed + places.total <= kCapacity && !last) {
-            append(keys, position, places);
-            return false;
-        }
-        if (last && listed > 0) __syncthreads();       // what was put there is seen
-        bound = narrow(keys, position, last ? room : k + (kCapacity - k) / 4, last ? front : 0, front_key);
-        return true;
-    }
-
-    // The k largest, by `put(place, key, position)`, all lanes at once. Nothing can be chosen after it.
-    template <bool kAscending, class Position, class Put>
-    __device__ void emit(Keys& keys, Position position, Bound bound, Put put) {
-        if constexpr (kAscending) {
-            ascend(keys, position, bound, put);
-        } else {
-            uint2* chosen = reinterpret_cast<uint2*>(memory.histograms);
-            static_assert(sizeof(memory.histograms) >= kMostK * sizeof(uint2));
-            settle(keys, position, bound);
-            place(keys, position, bound, bound.key, kAllLanes,
-                  [&](int at, uint32 key, uint32 position) { chosen[at] = {key, position}; });
-            __syncthreads();
-            #pragma unroll 1
-            for (int i = thread; i < k; i += kThreads) put(i, chosen[i].x, chosen[i].y);
-        }
-    }
-
-    // The same in the order of positions: a bit for each position, as many at a time as there is memory for.
-    template <class Position, class Put>
-    __device__ void ascend(const Keys& keys, Position position, Bound bound, Put put) {
-        constexpr int kWords = kBins, kThreadWords = kWords / kThreads;
-        static_assert(kBins >= kMostK);
-        uint32* bits = reinterpret_cast<uint32*>(memory.histograms[0]);
-        uint32* chosen = reinterpret_cast<uint32*>(memory.histograms[1]);
-        int before = 0;
-        #pragma unroll 1
-        for (uint32 first = 0; before < k; first += 32 * kWords) {
-            __syncthreads();                           // what stood there has been read
-            #pragma unroll
-            for (int i = 0; i < kThreadWords; ++i) bits[thread * kThreadWords + i] = 0;
-            __syncthreads();
-            each(keys, position, [&](uint32 key, uint32 position) {
-                const uint32 bit = position - first;
-                if (bound.reached(key, position) && bit < 32 * kWords) atomicOr(&bits[bit / 32], 1u << bit % 32);
-            });
-            __syncthreads();
-            uint32 words[kThreadWords];
-            int sum = 0;
-            #pragma unroll
-            for (int i = 0; i < kThreadWords; ++i) words[i] = bits[thread * kThreadWords + i], sum += __popc(words[i]);
-            int until = sum;
-            #pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int below = __shfl_up_sync(kAllLanes, until, distance);
-                if (lane >= distance) until += below;
-            }
-            const Places places = share_out(__shfl_sync(kAllLanes, until, 31));
-            int at = before + places.first + until - sum;
-            #pragma unroll
-            for (int i = 0; i < kThreadWords; ++i) {
-                for (uint32 word = words[i]; word != 0; word &= word - 1) {
-                    chosen[at++] = first + (thread * kThreadWords + i) * 32 + __ffs(word) - 1;
-                }
-            }
-            before += places.total;
-        }
-        __syncthreads();
-        #pragma unroll 1
-        for (int i = thread; i < k; i += kThreads) put(i, kNan, chosen[i]);
+    __device__ float value(int i) const {
+        if constexpr (kKeys == 4) return __uint_as_float(words[i]) + 0.0f;
+        else return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16) + 0.0f;
     }
 };
 
-// Where a row lies, and what becomes of its choice.
-template <int kShare>
+// The parameters' cache lines are on their way while there is nothing else to do.
+__device__ inline void fetch_parameters(const TopkParams& p) {
+    asm volatile("" :: "l"(p.logits), "r"(p.ends_are_lengths), "l"(p.table), "l"(p.out), "l"(p.scores_stride), "r"(p.parts));
+}
+
+// Where a row lies, and what becomes of its choice. kUnits: a logit stands for several of what windows count.
+template <class Logit, bool kUnits>
 struct Row {
+    using Vec = Vector<Logit>;
+    static constexpr int kKeys = Vec::kKeys;
+
     const TopkParams& p;
-    int row, begin, length;
+    int row, length;
+    const uint8* begin;      // aligned to a vector:
+    int skew;                // keys there that are before the row's first one
 
     __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
         const Window window = p.windows.of(row);
-        begin = window.begin;
-        length = p.ends_are_lengths ? window.end : window.end - begin;
-        if (p.unit > 1) length = (uint32(length) + p.unit - 1) / p.unit;
-        length = min(length, p.columns - begin);
+        length = p.ends_are_lengths ? window.end : window.end - window.begin;
+        if (kUnits && p.unit > 1) length = (uint32(length) + p.unit - 1) / p.unit;
+        length = min(length, p.columns - window.begin);
+        begin = p.logits + (row * p.logits_stride + window.begin) * int64(sizeof(Logit));
+        skew = reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(Logit);
+        begin -= skew * sizeof(Logit);
     }
 
-    // A part has `kShare` keys at least, where there are several.
-    __device__ int parts() const { return max(1, min(p.parts, (length + kShare - 1) / kShare)); }
+    // A part has `share` keys at least, where there are several.
+    __device__ int parts(int share) const { return max(1, min(p.parts, (length + share - 1) / share)); }
+
+    __device__ int vectors() const { return (skew + length + kKeys - 1) / kKeys; }
+    __device__ uint32 position_of(int vector, int i) const { return vector * kKeys + i - skew; }
+
+    // A vector's keys, whose first one has the position `first`; NaN where the row has none.
+    __device__ void load(Vec& to, int vector, int first) const {
+        const uint8* address = begin + vector * int64(16);
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) to.words[i] = kNanWord;
+        const bool whole = first >= 0 && first <= length - kKeys;
+        ptx::load_if(to.words, address, whole);
+        if (!whole && first < length && first > -kKeys) {
+            #pragma unroll
+            for (int i = 0; i < kKeys; ++i) {
+                if (uint32(first + i) >= uint32(length)) continue;
+                if constexpr (kKeys == 4) {
+                    to.words[i] = ptx::load_word(address + 4 * i);
+                } else {
+                    const uint32 half = ptx::load_half(address + 2 * i);
+                    uint32& word = to.words[i / 2];
+                    word = i % 2 ? (word & 0xffff) | half << 16 : (word & 0xffff0000) | half;
+                }
+            }
+        }
+    }
 
     __device__ int page_of(uint32 position) const {
         return p.page_shift >= 0 ? position >> p.page_shift : position / uint32(p.page);
@@ -491,196 +171,607 @@ struct Row {
 
     // The row's pages are on their way to L1 while there is nothing else to do.
     __device__ void fetch_pages() const {
-        constexpr int kLine = 32;
+        constexpr int kSector = 8;
         if (!p.table) return;
         const int last = column_of(page_of(length - 1));
-        for (int i = threadIdx.x * kLine; i <= last; i += blockDim.x * kLine) {
+        for (int i = threadIdx.x * kSector; i <= last; i += blockDim.x * kSector) {
             ptx::load_word(pages() + i);
         }
     }
 
-    __device__ void put(int at, uint32 key, uint32 position) const {
-        const bool any = key != kNothing;
-        int place = position;
-        if (any && p.table) {
-            const int page = page_of(position);
-            const uint32 found = p.table_columns > 0 ? ptx::load_word(pages() + column_of(page)) : 0;
-            place = found * p.page + (position - page * p.page);
-        }
-        if (any && p.offset) place += int(ptx::load_word(p.offset + row));
-        p.out[row * p.out_stride + at] = any ? place : p.nowhere;
-        if (p.positions) p.positions[row * p.positions_stride + at] = any ? int(position) : p.nowhere;
-        if (p.scores) p.scores[row * p.scores_stride + at] = any ? value_of(key) : __int_as_float(0xff800000);
-    }
-};
+    // Tells the choice: where the row's results lie, once for all of them.
+    struct Results {
+        const TopkParams& p;
+        const int* pages;
+        int* out;
+        int* positions;
+        float* scores;
+        int offset;
 
-// 16 bytes of logits at a time.
-template <class Logit>
-struct Vector {
-    static constexpr int kKeys = 16 / sizeof(Logit);
-    uint32 words[4];
-
-    // Those of the row's keys `first` .. first + kKeys that it has; `address` is that of `first`, and aligned.
-    __device__ void load(const uint8* address, uint32 first, uint32 length) {
-        if (first < length && length - first >= kKeys) {
-            ptx::load<4>(words, address);
-        } else {
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                words[i] = 0;
-                #pragma unroll
-                for (int j = 0; j < kKeys / 4; ++j) {
-                    if (first + (i * kKeys / 4 + j) >= length) continue;
-                    if constexpr (kKeys == 4) words[i] = ptx::load_word(address + 4 * i);
-                    else words[i] |= ptx::load_half(address + 4 * i + 2 * j) << 16 * j;
-                }
+        __device__ void put(int at, float value, uint32 position) const {
+            int place = position;
+            if (pages) {
+                const int page = p.page_shift >= 0 ? position >> p.page_shift : position / uint32(p.page);
+                const uint32 found = p.table_columns > 0 ? ptx::load_word(pages + min(page, p.table_columns - 1)) : 0;
+                place = found * p.page + (position - page * p.page);
             }
+            out[at] = place + offset;
+            if (positions) positions[at] = position;
+            if (scores) scores[at] = value;
         }
-    }
 
-    __device__ float value(int i) const {
-        if constexpr (kKeys == 4) return __uint_as_float(words[i]);
-        else return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
-    }
-};
-
-// Grid: x rows, y parts.
-template <class Logit, int kThreads, int kVectors, int kCapacity, int kShare, bool kAscending>
-__device__ inline void choose(const TopkParams& p) {
-    using Vec = Vector<Logit>;
-    constexpr int kPerVector = Vec::kKeys, kFresh = kVectors * kPerVector, kWarps = kThreads / 32;
-    using Chosen = Choice<kThreads, kFresh, kCapacity, true>;
-    __shared__ typename Chosen::Memory memory;
-
-    ptx::griddepcontrol();
-    const Row<kShare> row(p);
-    const int parts = row.parts(), part = blockIdx.y;
-    if (part >= parts) return;
-    if (row.length <= p.k) {
-        for (int i = threadIdx.x; i < p.k; i += kThreads) {
-            const bool any = i < row.length;
-            uint32 key = any ? kNan : kNothing;
-            if (any && p.scores) {
-                const Logit* logit = reinterpret_cast<const Logit*>(p.logits) + row.row * p.logits_stride + row.begin + i;
-                if constexpr (kPerVector == 4) key = key_of(__uint_as_float(ptx::load_word(logit)));
-                else key = key_of(__uint_as_float(ptx::load_half(logit) << 16));
-            }
-            row.put(i, key, i);
-        }
-        return;
-    }
-
-    const uint8* begin = p.logits + (row.row * p.logits_stride + row.begin) * int64(sizeof(Logit));
-    const int skew = reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(Logit);  // keys before the row's first one
-    begin -= skew * sizeof(Logit);
-    const int chunks = (skew + row.length + (32 * kPerVector - 1)) / (32 * kPerVector);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-
-    Vec vectors[kVectors];
-    auto vector_of = [&](int piece, int i) { return (((piece * kVectors + i) * kWarps + warp) * parts + part) * 32 + lane; };
-    auto load = [&](int piece) {
-        #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-            const int vector = vector_of(piece, i);
-            vectors[i].load(begin + vector * int64(16), uint32(vector) * kPerVector - skew, row.length);
+        __device__ void put_nothing(int at) const {
+            out[at] = p.nowhere;
+            if (positions) positions[at] = p.nowhere;
+            if (scores) scores[at] = lowest();
         }
     };
-    load(0);
-    Chosen choice(memory, p.k, row.length);
-    choice.start();
-    if (parts == 1) row.fetch_pages();
-    __syncthreads();
-    #pragma unroll 1
-    for (int piece = 0;; ++piece) {
-        auto position = [&](int i) {
-            return uint32(vector_of(piece, i / kPerVector)) * kPerVector + i % kPerVector - skew;
-        };
-        uint32 keys[kFresh];
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) {
-            const uint32 key = key_of(vectors[i / kPerVector].value(i % kPerVector));
-            keys[i] = position(i) < uint32(row.length) && key >= choice.gate ? key : kNothing;
-        }
-        const bool last = (piece + 1) * kVectors * kWarps * parts + part >= chunks;
-        if (!last) load(piece + 1);
-        Bound bound;
-        uint32 front_key = 0;
-        if (!choice.add(keys, position, last, parts == 1 ? p.k : kCapacity, parts == 1 ? 0 : p.front, bound, front_key)) continue;
-        if (!last) {
-            choice.keep(keys, position, bound);
-            continue;
-        }
-        if (parts == 1) {
-            choice.template emit<kAscending>(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
-            return;
-        }
-        const int64 region = int64(row.row) * p.parts + part;
-        uint2 *front = p.fronts + region * p.front, *rest = p.rests + region * kCapacity;
-        choice.settle(keys, position, bound);
-        const int in_front = choice.place(keys, position, bound, max(front_key, bound.key), kAllLanes,
-            [&](int at, uint32 key, uint32 position) { front[at] = {key, position}; });
-        for (int i = in_front + threadIdx.x; i < p.front; i += kThreads) front[i] = {kNothing, 0};
-        const int in_rest = choice.place(keys, position, bound, bound.key, front_key,
-            [&](int at, uint32 key, uint32 position) { rest[at] = {key, position}; });
-        if (threadIdx.x == 0) p.heads[region] = {uint32(in_rest), front_key};
-        return;
+
+    __device__ Results results() const {
+        return {p, p.table ? pages() : nullptr, p.out + row * p.out_stride,
+                p.positions ? p.positions + row * p.positions_stride : nullptr,
+                p.scores ? p.scores + row * p.scores_stride : nullptr, p.offset ? int(ptx::load_word(p.offset + row)) : 0};
     }
+
+    // All keys of a row that has no more than k; logits are read only to tell the scores.
+    __device__ void put_all() const {
+        const Results results = this->results();
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < p.k; i += blockDim.x) {
+            float value = 0;
+            if (p.scores && i < length) {
+                const uint8* logit = begin + (skew + i) * sizeof(Logit);
+                if constexpr (kKeys == 4) value = __uint_as_float(ptx::load_word(logit)) + 0.0f;
+                else value = __uint_as_float(ptx::load_half(logit) << 16) + 0.0f;
+            }
+            if (i < length) results.put(i, value, i);
+            else results.put_nothing(i);
+        }
+    }
+};
+
+// ---- what a block does together ----
+
+template <int kThreads, int kDigit, int kCapacity, int kMost, bool kAscending>
+struct Block {
+    using Bin = Bins<kDigit>;
+    static constexpr bool ascending = kAscending;
+    static constexpr int kWarps = kThreads / 32, kBins = Bin::kCount;
+    static constexpr int kOwn = kBins > kThreads ? kBins / kThreads : 1, kOwners = kBins / kOwn;  // bins of a thread
+    static constexpr int kTies = 32 * kWarps < 512 ? 32 * kWarps : 512;                         // a lane keeps one at most
+    static_assert(kThreads % 32 == 0 && kWarps <= 32 && kOwners % 32 == 0 && kCapacity >= kMost);
+
+    // The first bin by which there are as many as wanted: its least value, that of the bins before it, how many are in
+    // these, and in itself; 0 where there are not so many.
+    struct alignas(16) Match { float low, high; int above, inside; };
+
+    struct Memory {
+        alignas(16) uint32 histogram[kBins];          // zero between two uses
+        Match match;
+        uint2 list[kCapacity];                        // {value, position}
+        union {
+            uint2 ties[kTies];                        // likewise
+            uint32 chosen[kAscending ? kMost : 1];    // positions
+        };
+        uint32 totals[kWarps], counts[2][kWarps];
+        int bin, tied;
+    };
+
+    Memory& memory;
+    const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int turn = 0;
+
+    // A barrier must follow before the first use.
+    __device__ explicit Block(Memory& memory) : memory(memory) {
+        uint32 bins[kOwn];
+        if (kOwners == kThreads || thread < kOwners) take_bins(bins);
+        if (thread == 0) memory.tied = 0;
+    }
+
+    __device__ uint32 lanes_below() const { return (1u << lane) - 1; }
+
+    // ---- counting ----
+
+    __device__ void count(int bin) { atomicAdd(&memory.histogram[bin], 1); }
+
+    template <int kValues>
+    __device__ void count(const float (&values)[kValues]) {
+        #pragma unroll
+        for (int i = 0; i < kValues; i += 2) {
+            const uint32 codes = Bin::codes(values[i], i + 1 < kValues ? values[i + 1] : 0.0f);
+            count((codes & 0xffff) >> Bin::kShift);
+            if (i + 1 < kValues) count(codes >> (16 + Bin::kShift));
+        }
+    }
+
+    // The sum of the lanes up to this one.
+    __device__ int sum_of_lanes(int x) const {
+        #pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int below = __shfl_up_sync(kAllLanes, x, distance);
+            if (lane >= distance) x += below;
+        }
+        return x;
+    }
+
+    // A thread's bins, which are zero then; what is not used is not read.
+    __device__ void take_bins(uint32 (&bins)[kOwn]) {
+        constexpr int kWords = kOwn < 4 ? kOwn : 4;
+        static_assert(kOwn % kWords == 0);
+        struct alignas(4 * kWords) Words { uint32 of[kWords]; };
+        Words* words = reinterpret_cast<Words*>(memory.histogram) + thread * (kOwn / kWords);
+        #pragma unroll
+        for (int i = 0; i < kOwn / kWords; ++i) {
+            const Words found = words[i];
+            words[i] = Words{};
+            #pragma unroll
+            for (int j = 0; j < kWords; ++j) bins[i * kWords + j] = found.of[j];
+        }
+    }
+
+    // After all lanes have counted; three barriers.
+    __device__ Match find(int want, bool bin_0_counts = false) {
+        __syncthreads();
+        uint32 bins[kOwn], sum = 0, until = 0;
+        const bool owner = kOwners == kThreads || thread < kOwners;
+        if (owner) {
+            take_bins(bins);
+            if (thread == 0 && !bin_0_counts) bins[0] = 0;
+            #pragma unroll
+            for (int i = 0; i < kOwn; ++i) sum += bins[i];
+            until = sum_of_lanes(sum);
+            if (lane == 31) memory.totals[warp] = until;
+        }
+        __syncthreads();
+        if (owner) {
+            const int before = until - sum + __reduce_add_sync(kAllLanes, lane < warp ? memory.totals[lane] : 0);
+            if (before < want && before + int(sum) >= want) {
+                int bin = thread * kOwn, above = before, upto = before, end = before + sum;
+                #pragma unroll
+                for (int i = 0; i + 1 < kOwn; ++i) {
+                    upto += bins[i];
+                    if (upto < want) above = upto, ++bin;
+                    else end = min(end, upto);
+                }
+                memory.match = {Bin::edge(bin), Bin::edge(bin - 1), above, end - above};
+                memory.bin = bin;
+            }
+            if (thread == kOwners - 1 && before + int(sum) < want) memory.match = {0, 0, before + int(sum), 0};
+        }
+        __syncthreads();
+        return memory.match;
+    }
+
+    // ---- placing ----
+
+    struct Places { int first, total; };
+
+    // How many warps before this one have, and all of them. A barrier.
+    __device__ Places share_out_warps(int mine) {
+        uint32* counts = memory.counts[turn];
+        turn ^= 1;
+        if (lane == 0) counts[warp] = mine;
+        __syncthreads();
+        const int count = lane < kWarps ? counts[lane] : 0;
+        return {int(__reduce_add_sync(kAllLanes, lane < warp ? count : 0)), int(__reduce_add_sync(kAllLanes, count))};
+    }
+
+    // How many lanes before this one have, by warps, and all of them. A barrier.
+    __device__ Places share_out(int mine) {
+        const int until = sum_of_lanes(mine);
+        const Places warps = share_out_warps(__shfl_sync(kAllLanes, until, 31));
+        return {warps.first + until - mine, warps.total};
+    }
+
+    template <int kValues>
+    __device__ static int reaching(const float (&values)[kValues], float gate) {
+        int count = 0;
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) ptx::count_if_at_least(count, values[i], gate);
+        return count;
+    }
+
+    // Those that reach the gate as entries of the list; all or none.
+    template <int kValues, class Position>
+    __device__ bool append(const float (&values)[kValues], Position position, float gate, int& listed) {
+        const Places places = share_out(reaching(values, gate));
+        if (listed + places.total > kCapacity) return false;
+        uint32 at = ptx::shared_address(memory.list + listed + places.first);
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) ptx::store_if_at_least(at, values[i], gate, position(i));
+        listed += places.total;
+        return true;
+    }
+
+    // ---- choosing ----
+
+    __device__ static bool is_above(uint2 entry, uint2 other) {
+        const float value = __uint_as_float(entry.x), than = __uint_as_float(other.x);
+        return value > than || (value == than && entry.y < other.y);
+    }
+
+    __device__ uint2 entry_of(int at, int listed) const {
+        return at < listed ? memory.list[at] : uint2{kNanWord, kNowhere};
+    }
+
+    // `put(place, value, position)` for the k largest of the list, which has at least as many; `match` is the bin of the k-th.
+    template <class Put>
+    __device__ void choose(int listed, int k, Match match, Put put) {
+        __syncthreads();
+        int above = 0;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            const uint2 entry = entry_of(first + thread, listed);
+            const float value = __uint_as_float(entry.x);
+            above += __popc(__ballot_sync(kAllLanes, value >= match.high));
+            if (value >= match.low && !(value >= match.high)) memory.ties[ptx::atom_add_shared(&memory.tied, 1)] = entry;
+        }
+        int place = share_out_warps(above).first;
+
+        uint2 tie = {0, kNowhere};                    // of the ties that this warp ranks a lane keeps one
+        int tie_place = 0;
+        auto keep = [&](uint2 ranked, int rank, int turn) {
+            if (lane == turn && match.above + rank < k) tie = ranked, tie_place = match.above + rank;
+        };
+        if (__builtin_expect(match.inside <= 32, 1)) {
+            const uint2 other = lane < match.inside ? memory.ties[lane] : uint2{kNanWord, kNowhere};
+            #pragma unroll
+            for (int turn = 0; turn < 32 / kWarps; ++turn) {
+                const int i = warp + turn * kWarps;
+                if (i >= match.inside) break;
+                const uint2 ranked = memory.ties[i];
+                keep(ranked, __popc(__ballot_sync(kAllLanes, is_above(other, ranked))), turn);
+            }
+        } else {
+            #pragma unroll 1
+            for (int i = warp, turn = 0; i < match.inside; i += kWarps, ++turn) {
+                const uint2 ranked = memory.ties[i];
+                int rank = 0;
+                #pragma unroll 1
+                for (int other = lane; other - lane < match.inside; other += 32) {
+                    rank += __popc(__ballot_sync(kAllLanes, other < match.inside && is_above(memory.ties[other], ranked)));
+                }
+                keep(ranked, rank, turn);
+            }
+        }
+        if constexpr (kAscending) __syncthreads();    // where ties stood there is room
+        #pragma unroll 1
+        for (int first = 0;; first += kThreads) {
+            const bool last = first >= listed;
+            const uint2 entry = last ? tie : entry_of(first + thread, listed);
+            const bool chosen = last ? tie.y != kNowhere : __uint_as_float(entry.x) >= match.high;
+            const uint32 all = __ballot_sync(kAllLanes, chosen);
+            if (chosen) put(last ? tie_place : place + __popc(all & lanes_below()), entry);
+            if (last) break;
+            place += __popc(all);
+        }
+    }
+
+    // Those in the bin can be ranked.
+    __device__ static bool few(Match match) { return match.inside > 0 && match.inside <= kTies; }
+
+    __device__ void count_list(int listed, float gate) {
+        __syncthreads();
+        #pragma unroll 1
+        for (int i = thread; i < listed; i += kThreads) {
+            const float value[1] = {__uint_as_float(memory.list[i].x)};
+            if (value[0] >= gate) count(value);
+        }
+    }
+
+    // Raises the gate, so that k of the list and of the values reach it, if so many do; what does not is dropped from the list.
+    template <int kValues>
+    __device__ void narrow(const float (&values)[kValues], int k, int& listed, float& gate) {
+        count_list(listed, gate);
+        count(values);
+        const Match match = find(k);
+        if (match.inside > 0) gate = fmaxf(gate, match.low);
+        const int all = listed;
+        listed = 0;
+        #pragma unroll 1
+        for (int first = 0; first < all; first += kThreads) {    // places never lie past those that have been read
+            const uint2 entry = first + thread < all ? memory.list[first + thread] : uint2{kNanWord, kNowhere};
+            const float value[1] = {__uint_as_float(entry.x)};
+            append(value, [&](int) { return entry.y; }, gate, listed);
+        }
+    }
+
+    // ---- the slow way ----
+
+    template <class Row, class Visit>
+    __device__ void each_vector(const Row& row, Visit visit) {
+        const int vectors = row.vectors();
+        #pragma unroll 1
+        for (int first = 0; first < vectors; first += kThreads) {
+            typename Row::Vec vector;
+            row.load(vector, first + thread, row.position_of(first + thread, 0));
+            visit(vector, first + thread);
+        }
+    }
+
+    // `put(place, value, position)` for the k largest of the row.
+    template <class Row, class Put>
+    __device__ void choose_slowly(const TopkParams& p, Put put) {
+        using Vec = typename Row::Vec;
+        const Row row(p);                                      // again, so that nothing is kept for the rare case
+        constexpr int kKeys = Vec::kKeys;
+        const int position_bits = 32 - __clz(row.length);
+        const uint32 unused = kAllLanes << position_bits;             // bits that no position has
+        uint32 bound = 0, tie = unused;                               // all keys above the one, its equals of ~positions from the other on
+        int want = p.k;
+        __syncthreads();
+        #pragma unroll 1
+        for (int of_positions = 0; of_positions < 2; ++of_positions) {
+            uint32 prefix = of_positions ? unused : 0;
+            int bits = of_positions ? position_bits : 32;
+            #pragma unroll 1
+            while (bits > 0 && want > 0) {
+                const int shift = max(bits - kDigit, 0);
+                const uint32 known = bits < 32 ? kAllLanes << bits : 0;
+                each_vector(row, [&](const Vec& vector, int at) {
+                    #pragma unroll
+                    for (int i = 0; i < kKeys; ++i) {
+                        const uint32 key = key_of(vector.value(i)), position = row.position_of(at, i);
+                        const uint32 rest = (of_positions ? ~position : key) ^ prefix;
+                        const bool belongs = position < uint32(row.length) && (!of_positions || key == bound);
+                        if (belongs && (rest & known) == 0) count(kBins - 1 - (rest >> shift));
+                    }
+                });
+                const Match match = find(want, true);
+                prefix |= uint32(kBins - 1 - memory.bin) << shift;
+                want -= match.above;
+                if (match.inside == want) want = 0;                   // all that is inside
+                bits = shift;
+            }
+            (of_positions ? tie : bound) = prefix;
+        }
+        int first = 0;
+        each_vector(row, [&](const Vec& vector, int at) {
+            uint32 mask = 0;
+            #pragma unroll
+            for (int i = 0; i < kKeys; ++i) {
+                const uint32 key = key_of(vector.value(i)), position = row.position_of(at, i);
+                const bool reaches = key > bound || (key == bound && ~position >= tie);
+                mask |= position < uint32(row.length) && reaches ? 1u << i : 0;
+            }
+            const Places places = share_out(__popc(mask));
+            int place = first + places.first;
+            first += places.total;
+            #pragma unroll 1
+            for (; mask != 0; mask &= mask - 1) {
+                const int chosen = __ffs(mask) - 1;
+                float value = 0;
+                #pragma unroll
+                for (int i = 0; i < kKeys; ++i) value = i == chosen ? vector.value(i) : value;
+                put(place++, uint2{__float_as_uint(value), row.position_of(at, chosen)});
+            }
+        });
+    }
+
+    // ---- telling ----
+
+    // The gate that no more than `room` of what has been counted reach, none below `gate`.
+    __device__ float gate_of(int room, float gate) {
+        const Match match = find(room + 1);
+        return match.inside == 0 ? gate : match.high;
+    }
+
+    // What reaches the gate as a front; what is left of it is NaN.
+    template <int kValues, class Position>
+    __device__ void publish(const float (&values)[kValues], Position position, float gate, uint2* front, int room) {
+        const Places places = share_out(reaching(values, gate));
+        uint2* at = front + places.first;
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) {
+            if (values[i] >= gate) *at++ = {__float_as_uint(values[i]), position(i)};
+        }
+        for (int i = places.total + thread; i < room; i += kThreads) front[i] = {kNanWord, kNowhere};
+    }
+
+    // The same of the list.
+    __device__ void publish(int listed, float gate, uint2* front, int room) {
+        int mine = 0;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            mine += __popc(__ballot_sync(kAllLanes, __uint_as_float(entry_of(first + thread, listed).x) >= gate));
+        }
+        const Places places = share_out_warps(mine);
+        int place = places.first;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            const uint2 entry = entry_of(first + thread, listed);
+            const bool reaches = __uint_as_float(entry.x) >= gate;
+            const uint32 all = __ballot_sync(kAllLanes, reaches);
+            if (reaches) front[place + __popc(all & lanes_below())] = entry;
+            place += __popc(all);
+        }
+        for (int i = places.total + thread; i < room; i += kThreads) front[i] = {kNanWord, kNowhere};
+    }
+
+    // The chosen positions in their order: a bit for each, as many at a time as there are bins. `put(place, position)`
+    template <class Put>
+    __device__ void ascend(int k, Put put) {
+        __syncthreads();
+        int before = 0;
+        #pragma unroll 1
+        for (uint32 first = 0; before < k; first += 32 * kBins) {
+            #pragma unroll 1
+            for (int i = thread; i < k; i += kThreads) {
+                const uint32 bit = memory.chosen[i] - first;
+                if (bit < 32 * kBins) atomicOr(&memory.histogram[bit / 32], 1u << bit % 32);
+            }
+            __syncthreads();
+            uint32 words[kOwn] = {};
+            if (kOwners == kThreads || thread < kOwners) take_bins(words);
+            int mine = 0;
+            #pragma unroll
+            for (int i = 0; i < kOwn; ++i) mine += __popc(words[i]);
+            const Places places = share_out(mine);
+            int place = before + places.first;
+            #pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                for (uint32 word = words[i]; word != 0; word &= word - 1) {
+                    order()[place++] = first + (thread * kOwn + i) * 32 + __ffs(word) - 1;
+                }
+            }
+            before += places.total;
+        }
+        __syncthreads();
+        #pragma unroll 1
+        for (int i = thread; i < k; i += kThreads) put(i, order()[i]);
+    }
+
+    // The list has been chosen from.
+    __device__ uint32* order() { return reinterpret_cast<uint32*>(memory.list); }
+};
+
+// The row's choice: out of the list, if it `fits`.
+template <class Of, class Row>
+__device__ inline void finish(Of& block, const Row& row, typename Of::Match match, int listed, bool fits) {
+    const TopkParams& p = row.p;
+    const auto results = row.results();
+    auto put = [&](int place, uint2 entry) {
+        if constexpr (Of::ascending) block.memory.chosen[place] = entry.y;
+        else results.put(place, __uint_as_float(entry.x), entry.y);
+    };
+    if (__builtin_expect(fits, 1)) block.choose(listed, p.k, match, put);
+    else block.template choose_slowly<Row>(p, put);
+    if constexpr (Of::ascending) block.ascend(p.k, [&](int place, uint32 position) { results.put(place, 0, position); });
 }
 
-// Grid: x rows. `kFronts`: entries of all fronts of a row.
-template <int kThreads, int kFronts, int kCapacity, int kShare, bool kAscending>
-__device__ inline void merge(const TopkParams& p) {
-    constexpr int kFresh = kFronts / kThreads;
-    using Chosen = Choice<kThreads, kFresh, kCapacity, false>;
-    __shared__ typename Chosen::Memory memory;
-    const int thread = threadIdx.x;
+// Of a row's parts one each; a lone part ends with the row's choice. Grid: x rows, y parts. kGroups: of a lane, in the first
+// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece.
+template <class Logit, int kThreads, int kVectors, bool kParted, bool kAhead, int kGroups, int kUnit, int kDigit, int kCapacity, int kMost, bool kAscending>
+__device__ inline void choose(const TopkParams& p) {
+    using Of = Block<kThreads, kDigit, kCapacity, kMost, kAscending>;
+    constexpr int kPerVector = Vector<Logit>::kKeys, kKeys = kVectors * kPerVector, kPiece = kVectors * Of::kWarps;
+    __shared__ typename Of::Memory memory;
+    Of block(memory);
+    fetch_parameters(p);
+    ptx::griddepcontrol();
 
-    const Row<kShare> row(p);  // the lengths are older than the kernel before this one, which has waited for them
-    const int parts = row.parts();
+    const Row<Logit, kAscending> row(p);
+    const int parts = kParted ? row.parts(kThreads * kKeys) : 1, part = kParted ? blockIdx.y : 0;
+    if (part >= parts) return;
+    if (__builtin_expect(row.length <= p.k, 0)) return row.put_all();
+    const int first_vector = (block.warp * parts + part) * 32 + block.lane, step = kThreads * parts;
+    auto vector_of = [&](int piece, int i) { return (piece * kVectors + i) * step + first_vector; };
+    const int first_position = ptx::kept(row.position_of(first_vector, 0));
+    auto position_of = [&](int piece, int i) {
+        return uint32(first_position + (piece * kVectors + i / kPerVector) * step * kPerVector + i % kPerVector);
+    };
+    Vector<Logit> vectors[kVectors];
+    auto load = [&](int piece) {
+        #pragma unroll
+        for (int i = 0; i < kVectors; ++i) row.load(vectors[i], vector_of(piece, i), int(position_of(piece, i * kPerVector)));
+    };
+    float values[kKeys];
+    auto convert = [&] {
+        #pragma unroll
+        for (int i = 0; i < kKeys; ++i) values[i] = vectors[i / kPerVector].value(i % kPerVector);
+    };
+    load(0);
+    if (parts == 1) row.fetch_pages();
+    __syncthreads();
+
+    const int64 region = int64(row.row) * p.parts + part;
+    uint2* front = p.fronts + region * p.front;
+    typename Of::Match match;
+    int listed = 0;
+    bool fits;
+    if constexpr (kGroups == 0) {
+        convert();
+        auto position = [&](int i) { return position_of(0, i); };
+        block.count(values);
+        if (parts > 1) {
+            const float gate = block.gate_of(p.front, lowest());
+            block.publish(values, position, gate, front, p.front);
+            if (threadIdx.x == 0) p.gates[region] = gate;
+            return;
+        }
+        match = block.find(p.k);
+        fits = Of::few(match) && block.append(values, position, match.low, listed);
+    } else {
+        const int chunks = (row.vectors() + 31) / 32, want = parts > 1 ? min(p.k, p.front) : p.k;
+        float gate = lowest();
+        #pragma unroll 1
+        for (int piece = 0;; ++piece) {
+            convert();
+            const bool last = (piece + 1) * kPiece * parts + part >= chunks;
+            if (kAhead && !last) load(piece + 1);
+            auto position = [&](int i) { return position_of(piece, i); };
+            if (piece == 0 && chunks > kCapacity / (32 * kPerVector) * parts) {
+                static_assert(kKeys % (kUnit * kGroups) == 0);
+                float maxima[kGroups];
+                #pragma unroll
+                for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
+                #pragma unroll
+                for (int i = 0; i < kKeys; ++i) maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
+                block.count(maxima);
+                match = block.find(want);
+                if (match.inside > 0) gate = match.low;
+            }
+            fits = block.append(values, position, gate, listed);
+            if (__builtin_expect(!fits, 0)) {
+                block.narrow(values, want, listed, gate);
+                fits = block.append(values, position, gate, listed);
+            }
+            if (last || !fits) break;
+            if (!kAhead) load(piece + 1);
+        }
+        block.count_list(listed, lowest());
+        if (parts > 1) {
+            gate = block.gate_of(p.front, gate);
+            if (!fits) gate = __uint_as_float(kNanWord);
+            block.publish(listed, gate, front, p.front);
+            if (threadIdx.x == 0) p.gates[region] = gate;
+            return;
+        }
+        match = block.find(p.k);
+        fits = fits && Of::few(match);
+    }
+    finish(block, row, match, listed, fits);
+}
+
+// Grid: x rows. `kFronts`: entries of all fronts of a row; `kShare`: keys of a part's piece.
+template <class Logit, int kThreads, int kFronts, int kShare, int kDigit, int kMost, bool kAscending>
+__device__ inline void merge(const TopkParams& p) {
+    constexpr int kEntries = kFronts / kThreads;
+    using Of = Block<kThreads, kDigit, kMost + 512, kMost, kAscending>;
+    __shared__ typename Of::Memory memory;
+    Of block(memory);
+    fetch_parameters(p);
+    const Row<Logit, kAscending> row(p);  // the lengths are older than the kernel before this one, which has waited for them
+    const int parts = row.parts(kShare);
     if (row.length <= p.k || parts == 1) {
         ptx::griddepcontrol();
         return;
     }
-    Chosen choice(memory, p.k, row.length);
-    choice.start();
     row.fetch_pages();
+    __syncthreads();
     ptx::griddepcontrol();
 
     const int64 first = int64(row.row) * p.parts;
-    uint32 keys[kFresh], positions[kFresh];
-    auto load = [&](const uint2* entries, int count) {
-        #pragma unroll
-        for (int i = 0; i < kFresh; ++i) {
-            const int at = i * kThreads + thread;
-            uint32 entry[2] = {kNothing, 0};
-            if (at < count) ptx::load<2>(entry, entries + at);
-            keys[i] = entry[0] >= choice.gate ? entry[0] : kNothing, positions[i] = entry[1];
-        }
-    };
-    uint32 head[2] = {0, 0}, none;
-    if (thread < parts) ptx::load<2>(head, p.heads + first + thread);
-    load(p.fronts + first * p.front, parts * p.front);
-    auto position = [&](int i) { return positions[i]; };
-    __syncthreads();
-
-    Bound bound;
-    choice.add(keys, position, true, p.k, 0, bound, none);
-    if (__builtin_expect(__syncthreads_or(head[0] > 0 && head[1] > bound.key), 0)) {   // keys past a front may reach it
-        choice.keep(keys, position, bound);
-        #pragma unroll 1
-        for (int part = 0; part <= parts; ++part) {
-            head[0] = 0;
-            if (part < parts) ptx::load<2>(head, p.heads + first + part);
-            const bool last = part == parts;
-            if (!last && (head[0] == 0 || head[1] <= choice.gate)) continue;
-            uint32 done = 0;
-            #pragma unroll 1
-            do {
-                load(p.rests + (first + part) * kCapacity + done, int(head[0] - done));
-                if (choice.add(keys, position, last, p.k, 0, bound, none) && !last) choice.keep(keys, position, bound);
-                done += kFronts;
-            } while (done < head[0]);
-        }
+    float values[kEntries];
+    uint32 positions[kEntries];
+    #pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+        const int at = i * kThreads + block.thread;
+        uint32 entry[2] = {kNanWord, kNowhere};
+        if (at < parts * p.front) ptx::load<2>(entry, p.fronts + first * p.front + at);
+        values[i] = __uint_as_float(entry[0]), positions[i] = entry[1];
     }
-    choice.template emit<kAscending>(keys, position, bound, [&](int at, uint32 key, uint32 position) { row.put(at, key, position); });
+    uint32 least = kNothing;                          // the largest gate, as a key
+    #pragma unroll 1
+    for (int i = block.lane; i < parts; i += 32) {
+        const float gate = __uint_as_float(ptx::load_word(p.gates + first + i));
+        least = max(least, gate == gate ? key_of(gate + 0.0f) : kAllLanes);
+    }
+    least = __reduce_max_sync(kAllLanes, least);
+    block.count(values);
+    const auto match = block.find(p.k);
+    int listed = 0;
+    const bool fits = Of::few(match) && match.low >= value_of(least)
+        && block.append(values, [&](int i) { return positions[i]; }, match.low, listed);
+    finish(block, row, match, listed, fits);
 }

@@ -40,9 +40,8 @@ class TopkParams(ctypes.Structure):
         ("out_stride", ctypes.c_int64),
         ("positions_stride", ctypes.c_int64),
         ("scores_stride", ctypes.c_int64),
-        ("heads", ctypes.c_void_p),
+        ("gates", ctypes.c_void_p),
         ("fronts", ctypes.c_void_p),
-        ("rests", ctypes.c_void_p),
         ("parts", ctypes.c_int32),
     ]
 
@@ -54,6 +53,10 @@ class Config:
     dtype      of the logits
     most       the largest k: 512, 1,024 or 2,048
     ascending  results are in the order of positions
+    parted     rows may have several parts
+    ahead      a piece is loaded while the one before it is looked at
+    groups     of a lane's keys in a piece, whose maxima make the first gate; 0: all keys are in registers and counted
+    digit      the logarithm of the histogram's bins
     """
 
     dtype: torch.dtype
@@ -61,6 +64,10 @@ class Config:
     ascending: bool = False
     threads: int = 512
     vectors: int = 2  # of 16 bytes, of a piece in a lane
+    parted: bool = False
+    ahead: bool = False
+    groups: int = 0
+    digit: int = 11
     blocks: int = 2  # of an SM
 
     @cached_property
@@ -69,33 +76,42 @@ class Config:
         return self.threads * self.vectors * 16 // self.dtype.itemsize
 
     @cached_property
+    def unit(self) -> int:
+        """Neighbouring keys that are of one group: so few that a row with fewer groups than k fits the list."""
+        return 4 if self.most < 2048 else 2
+
+    @cached_property
     def capacity(self) -> int:
-        """Keys that a block can keep between two pieces, and that a part can leave for the merge beside its front."""
-        return max(2048, self.most + 1024)
+        """Entries of the list."""
+        return max(2048, 2 * self.most, self.unit * self.most) if self.groups else self.most + 512
 
     @cached_property
     def fronts(self) -> int:
         """Entries of all fronts of a row: several times k, so that fronts of equal size hardly ever lack one."""
-        return 2048 if self.most == 512 else 4096
+        return 2048 if self.most == 512 else 4096 if self.most == 1024 else 8192
 
     @cached_property
     def choose(self) -> Kernel:
-        tag, logit = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}[self.dtype]
-        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {self.capacity}, {self.share}"
-        name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}"
-        return self._kernel(name, body, self.threads, self.blocks)
+        tag, logit = _LOGITS[self.dtype]
+        parted, ahead = str(self.parted).lower(), str(self.ahead).lower()
+        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {parted}, {ahead}, {self.groups}, {self.unit}"
+        name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}_g{self.groups}_d{self.digit}"
+        name += "_parted" * self.parted + "_ahead" * self.ahead
+        return self._kernel(name, f"{body}, {self.digit}, {self.capacity}", self.threads, self.blocks)
 
     @cached_property
     def merge(self) -> Kernel:
-        body = f"    merge<{_MERGE_THREADS}, {self.fronts}, {self.capacity}, {self.share}"
-        return self._kernel(f"topk_merge_k{self.most}_s{self.share}", body, _MERGE_THREADS, follows=True)
+        tag, logit = _LOGITS[self.dtype]
+        body = f"    merge<{logit}, {_MERGE_THREADS}, {self.fronts}, {self.share}, 11"
+        return self._kernel(f"topk_merge_{tag}_k{self.most}_s{self.share}", body, _MERGE_THREADS, follows=True)
 
     def _kernel(self, name: str, body: str, threads: int, blocks: int = 1, follows: bool = False) -> Kernel:
         ascending = ("_ascending", "true") if self.ascending else ("", "false")
-        body = f"{body}, {ascending[1]}>(p);"
+        body = f"{body}, {self.most}, {ascending[1]}>(p);"
         return Kernel(name + ascending[0], "topk.cuh", body, threads, TopkParams, blocks, follows)
 
 
+_LOGITS = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
 _config = cache(Config)
 
 
@@ -103,35 +119,44 @@ def configure(
     dtype: torch.dtype, k: int, rows: int, columns: int, num_sms: int, ascending: bool = False
 ) -> tuple[Config, int]:
     """The configuration for the `k` largest of each row of logits [rows, columns], and in how many parts a row is split
-    at most, so that few rows fill the chip. Chosen by times on an H100, 25 Nov 2026: docs/performance.md."""
+    at most, so that few rows fill the chip. Chosen by times on an H100, 28 Nov 2026: docs/performance.md."""
     most = next(most for most in (512, 1024, 2048) if k <= most)
+    many = rows > 2 * num_sms
 
-    def form(threads: int, vectors: int, blocks: int) -> tuple[Config, int]:
-        config = _config(dtype, most, ascending, threads, vectors, blocks)
-        return config, -(-columns // config.share)
+    def form(threads: int, keys: int, parts: int, blocks: int, sifted: bool = False, digit: int = 11):
+        """`keys` of a lane in a piece, or 8 at least in bf16."""
+        vectors = max(1, keys * dtype.itemsize // 16)
+        groups = 0
+        if sifted:  # half again as many as k and more, a power of two to a lane
+            groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
+            digit -= ascending and most == 2048  # there is no memory for more
+        ahead = sifted and rows <= num_sms and columns > 16384
+        return _config(dtype, most, ascending, threads, vectors, parts > 1, ahead, groups, digit, blocks), parts
 
-    if rows >= 2 * num_sms:
-        config, pieces = form(256, 1, 6)
-        return (config if pieces <= 1 else form(256, 2, 4)[0]), 1
-    small, pieces = form(512, 1, 2)  # 2,048 keys a piece in fp32
-    if pieces <= 1:
-        return small, 1
-    if pieces <= 2:
-        return form(512, 2, 2)[0], 1
-    if pieces <= 4 and rows <= num_sms:
-        return form(1024, 2, 1)[0], 1
-    if pieces <= _MOST_PARTS and rows * pieces <= 2 * num_sms:
-        return small, pieces
-    middle, pieces = form(512, 2, 2)
-    if pieces <= _MOST_PARTS and rows * pieces <= 2 * num_sms or 2 * rows > num_sms:
-        return middle, min(pieces, _MOST_PARTS, max(1, 2 * num_sms // rows))
-    large, pieces = form(1024, 2, 1)
-    return large, min(pieces, _MOST_PARTS, num_sms // rows)
+    # in registers: a block a row
+    if columns <= 1024:
+        return form(128, 8, 1, 12, digit=9) if many else form(256, 4, 1, 4, digit=9)
+    if columns <= 4096:
+        return form(256, 16, 1, 5) if many else form(512, 8, 1, 2)
+    if columns <= 8192:
+        return form(512, 16, 1, 2)
+    # in the registers of several blocks
+    if rows * columns <= 2048 * num_sms or columns > 16384:
+        for keys in (4, 8, 16):
+            parts = -(-columns // form(512, keys, 2, 2)[0].share)
+            if parts <= _MOST_PARTS and rows * parts <= 2 * num_sms:
+                return form(512, keys, parts, 2)
+    # sifted
+    if rows > num_sms:
+        return form(512, 16, 1, 2, True)
+    if 4 * rows > num_sms or columns <= 16384:
+        return form(1024, 16, 2 if columns > 65536 and 2 * rows <= num_sms else 1, 1, True)
+    return form(512, 16, min(_MOST_PARTS, num_sms // rows), 1, True)
 
 
 def workspace_bytes(config: Config, rows: int, parts: int) -> int:
     """What parts leave for the merge; 0 where rows have one part."""
-    return 0 if parts == 1 else rows * parts * 8 * (1 + config.fronts // parts + config.capacity)
+    return 0 if parts == 1 else rows * parts * 8 * (1 + config.fronts // parts)
 
 
 def topk(
@@ -184,8 +209,7 @@ def topk(
         launch(config.choose, out.device, (rows, 1), p, inputs, outputs)
         return
     p.front = config.fronts // parts
-    p.heads = workspace.data_ptr()
-    p.fronts = p.heads + 8 * rows * parts
-    p.rests = p.fronts + 8 * rows * parts * p.front
+    p.gates = workspace.data_ptr()
+    p.fronts = p.gates + 8 * rows * parts
     launch(config.choose, out.device, (rows, parts), p, inputs, {**outputs, "workspace": workspace})
     launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)
