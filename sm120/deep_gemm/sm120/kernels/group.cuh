@@ -42,7 +42,7 @@ struct Group {
     }
 
     // `source` is open.
-    template <int kN, class Params>
+    template <bool kMany, int kN, class Params>
     __device__ static void score(const Params& p, const Share<kN>& share, const Source& source, bool compressed,
                                 const Lane& lane) {
         Loop<kN> loop = prepare(p, share, source, compressed, lane);
@@ -51,7 +51,7 @@ struct Group {
         // one has let a warp pass, the compiler knows that it is 0.)
         if constexpr (!Format::kScaleFirst) loop.template demand<1>(p.windows.next_n >> 31);
         loop.load(p.queries, share.tokens);
-        loop.run(share.tile, share.to);
+        loop.template run<kMany>(share.tile, share.to);
     }
 
     // Keys 8 * unit to 8 * unit + 7 alone.
@@ -92,13 +92,15 @@ struct Group {
 
         Share<kTokens> work;
         work.tile = from + share, work.step = shares, work.to = until;
-        work.row = work.end = 0;
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const int chosen = __ffs(__ballot_sync(kAllLanes, my_rank == min(rank + i, count - 1))) - 1;
             work.tokens[i] = first_token + chosen;
-            work.windows[i] = {__shfl_sync(kAllLanes, mine.begin, chosen), __shfl_sync(kAllLanes, mine.end, chosen)};
-            if (work.windows[i].end > work.end) work.row = work.tokens[i] / p.windows.next_n, work.end = work.windows[i].end;
+            work.windows[i] = {Source::kFromZero ? 0 : __shfl_sync(kAllLanes, mine.begin, chosen),
+                               __shfl_sync(kAllLanes, mine.end, chosen)};
+            if (i == 0 || work.windows[i].end > work.end) {
+                work.row = work.tokens[i] / p.windows.next_n, work.end = work.windows[i].end;
+            }
             if (rank + i >= count) work.windows[i].end = work.windows[i].begin;    // the last token again, for nobody
         }
         bool together = true;                          // whether one look at the keys serves all tokens
@@ -108,14 +110,14 @@ struct Group {
                                       work.windows[i].end, lane);
         }
         if (together) {
-            score(p, work, open(p, work, lane), compressed, lane);
+            score<true>(p, work, open(p, work, lane), compressed, lane);
         } else if constexpr (kTokens > 1 && Source::kRowsDiffer) {
             #pragma unroll 1
             for (int i = 0; i < min(kTokens, count - rank); ++i) {
                 const int chosen = __ffs(__ballot_sync(kAllLanes, my_rank == rank + i)) - 1, token = first_token + chosen;
                 const Window window{0, __shfl_sync(kAllLanes, mine.end, chosen)};
                 const Share<1> alone{{token}, {window}, token / p.windows.next_n, window.end, from + share, shares, until};
-                score(p, alone, open(p, alone, lane), compressed, lane);
+                score<true>(p, alone, open(p, alone, lane), compressed, lane);
             }
         }
         return rest;

@@ -5,16 +5,16 @@
 //   Params             what the launcher hands in
 //   last_key           that may be read, of a row whose keys end before `end`
 //   alike              whether rows have the same keys, so that one look serves them all
+//   kFromZero          whether every window begins with key 0
 //   open               the tiles to come are tile, tile + step, ...
-//   locate             the first, then the next of these tiles is meant by what follows
+//   opened             whether the next of them can be located, or `open` is due
+//   locate             the first, then the next of these tiles is meant by what follows. Opens what is due, unless kOpened
 //   values, scales     address of `offset` bytes into a key's values, and of its scale. `Half` is the half of the tile in
 //                      which the key lies. Keys past `last_key` are not there: it is read in their place. Where the tile is
-//                      kWhole there are none
+//                      kWhole there are none, and it is `own` that counts: key * row bytes + offset
 #pragma once
 
 #include "lists.cuh"
-
-constexpr int kTile = 32;                     // keys a warp takes at a time
 
 struct Pages {
     const uint8* values;         // [pages][page_stride]      a page is its values, then its scales
@@ -31,6 +31,7 @@ struct PagedKeys {
     using Params = Pages;
     static_assert(kPage % 16 == 0);
     static constexpr bool kOnePage = kPage % kTile == 0;   // else the two halves of a tile may lie in two pages
+    static constexpr bool kFromZero = true;
 
     // Page numbers come from as far as keys do, and keys cannot be asked for without them. So lane i holds that of the ith
     // tile to come, of 32; a shuffle hands it out.
@@ -53,10 +54,13 @@ struct PagedKeys {
         turn = 0;
     }
 
+    __device__ bool opened() const { return turn < 32; }
+
     // `tile` is the one meant from now on. (What bounds the next 32 look-ups is where the table ends, not where the row does:
     // that would be the register by which FP8 of 64 heads spills.)
+    template <bool kOpened = false>
     __device__ void locate(uint32 tile, uint32 step, uint32, const Lane& lane) {
-        if (turn == 32) open(tile, step, p->columns * kPage - 1, lane);
+        if (!kOpened && turn == 32) open(tile, step, p->columns * kPage - 1, lane);
         page[0] = __shfl_sync(kAllLanes, ahead.halves[0], turn);
         page[1] = kOnePage ? page[0] : __shfl_sync(kAllLanes, ahead.halves[kOnePage ? 0 : 1], turn);
         ++turn;
@@ -81,25 +85,26 @@ struct PagedKeys {
 
     template <int kBytes, bool kWhole>
     __device__ const uint8* at(const uint8* array, uint32 page, uint32 tile, uint32 last_key, uint32 key, uint32 more,
-                               uint32 offset) const {
+                               uint32 offset, uint32 own) const {
         array += int64(page) * p->page_stride;
         if constexpr (kOnePage) {
-            offset += tile % (kPage / kTile) * (kTile * kBytes);
-            if constexpr (kWhole) return array + (key * kBytes + offset) + more * kBytes;   // `more`: the load's constant
-            return array + (min(key + more, last_key - tile * kTile) * kBytes + offset);
+            const uint32 begin = tile % (kPage / kTile) * (kTile * kBytes);
+            if constexpr (kWhole) return array + (own + begin) + more * kBytes;             // `more`: the load's constant
+            return array + (min(key + more, last_key - tile * kTile) * kBytes + (offset + begin));
         } else {
             return array + (min(tile * kTile + key + more, last_key) % kPage * kBytes + offset);
         }
     }
 
     template <int Half, bool kWhole>
-    __device__ const uint8* values(uint32 tile, uint32 last_key, uint32 key, uint32 more, uint32 offset) const {
-        return at<kRowBytes, kWhole>(p->values, page[Half], tile, last_key, key, more, offset);
+    __device__ const uint8* values(uint32 tile, uint32 last_key, uint32 key, uint32 more, uint32 offset, uint32 own) const {
+        return at<kRowBytes, kWhole>(p->values, page[Half], tile, last_key, key, more, offset, own);
     }
 
     template <bool kWhole>
     __device__ const uint8* scales(uint32 tile, uint32 last_key, uint32 key) const {
-        return at<4, kWhole>(p->values + kPage * kRowBytes, key < kTile / 2 ? page[0] : page[1], tile, last_key, key, 0, 0);
+        return at<4, kWhole>(p->values + kPage * kRowBytes, key < kTile / 2 ? page[0] : page[1], tile, last_key, key, 0, 0,
+                             4 * key);
     }
 };
 
@@ -111,6 +116,7 @@ struct Run {
 template <int kRowBytes>
 struct RunOfKeys {
     using Params = Run;
+    static constexpr bool kFromZero = false;
     const Run& p;
 
     __device__ RunOfKeys(const Run& p, int) : p(p) {}
@@ -120,25 +126,28 @@ struct RunOfKeys {
     __device__ static uint32 last_key(int, int keys) { return keys - 1; }
 
     __device__ void open(uint32, uint32, uint32, const Lane&) {}
+    __device__ bool opened() const { return true; }
+    template <bool kOpened = false>
     __device__ void locate(uint32, uint32, uint32, const Lane&) {}
 
     template <int kBytes, bool kWhole>
     __device__ static const uint8* at(const uint8* array, uint32 tile, uint32 last_key, uint32 key, uint32 more,
-                                      uint32 offset) {
+                                      uint32 offset, uint32 own) {
         array += int64(tile) * (kTile * kBytes);
-        if constexpr (kWhole) return array + (key * kBytes + offset) + more * kBytes;
+        if constexpr (kWhole) return array + own + more * kBytes;
         return array + (min(key + more, last_key - tile * kTile) * kBytes + offset);
     }
 
     template <int Half, bool kWhole>
-    __device__ const uint8* values(uint32 tile, uint32 last_key, uint32 key, uint32 more, uint32 offset) const {
-        return at<kRowBytes, kWhole>(p.values, tile, last_key, key, more, offset);
+    __device__ const uint8* values(uint32 tile, uint32 last_key, uint32 key, uint32 more, uint32 offset, uint32 own) const {
+        return at<kRowBytes, kWhole>(p.values, tile, last_key, key, more, offset, own);
     }
 
     template <bool kWhole>
     __device__ const uint8* scales(uint32 tile, uint32 last_key, uint32 key) const {
-        return at<4, kWhole>(reinterpret_cast<const uint8*>(p.scales), tile, last_key, key, 0, 0);
-    }};
+        return at<4, kWhole>(reinterpret_cast<const uint8*>(p.scales), tile, last_key, key, 0, 0, 4 * key);
+    }
+};
 
 struct Listed {
     const uint8* values;         // paged: [pages][page_stride]; ragged: [keys][row bytes]
@@ -157,6 +166,7 @@ struct ListedKeys {
     static_assert(kBlock % 8 == 0 && kPage % kBlock == 0);
     static constexpr uint32 kEights = kBlock / 8;      // of a block: eight keys that lie together
     static constexpr uint32 kBlocks = kPage ? kPage / kBlock : 1;
+    static constexpr bool kFromZero = true;
 
     const Params* p;
     const uint8* list;           // places of this row
@@ -187,6 +197,9 @@ struct ListedKeys {
 
     __device__ void open(uint32 tile, uint32, uint32 last_key, const Lane&) { ask(tile, last_key); }
 
+    __device__ bool opened() const { return true; }
+
+    template <bool kOpened = false>
     __device__ void locate(uint32 tile, uint32 step, uint32 last_key, const Lane&) {
         first = 4 * tile;
         for (int j = 0; j < 4; ++j) place[j] = kPage ? min(later[j], p->places - 1) : later[j];
@@ -216,7 +229,7 @@ struct ListedKeys {
     }
 
     template <int Half, bool>
-    __device__ const uint8* values(uint32, uint32, uint32 key, uint32 more, uint32 offset) const {
+    __device__ const uint8* values(uint32, uint32, uint32 key, uint32 more, uint32 offset, uint32) const {
         return at<kRowBytes>(p->values, key, more, offset);
     }
 

@@ -81,7 +81,7 @@ struct Rows {
         if (tiles * (kTile / 8) <= p.few.quarters) {
             if (item * 8 < work.end) Group::score_eight(p, work, source_of_eight, item, lane);
         } else if (work.tile < work.to) {
-            Group::score(p, work, source, false, lane);
+            Group::template score<false>(p, work, source, false, lane);
         }
     }
 
@@ -151,7 +151,7 @@ struct Rows {
             if (rest >= runs) rest -= runs, length = next, row = kPerLane * at + i;
         }
         const Share<kTokens> work = share_of(p, row, length, part.set, rest * run, 1, (rest + 1) * run);
-        if (work.tile < work.to) Group::score(p, work, Group::open(p, work, lane), false, lane);
+        if (work.tile < work.to) Group::template score<false>(p, work, Group::open(p, work, lane), false, lane);
     }
 
     // Into how many runs the tiles of this lane's rows are cut, each of `run` tiles but for a row's last.
@@ -217,28 +217,28 @@ struct Rows {
     __device__ static void run_many(const Params& p) {
         ptx::griddepcontrol_wait();
         const Lane lane;
-        // The next row, which of its group's tokens are next, and how far they have come.
-        for (int row = 0, done = 0, tile = 0;;) {
-            // All else is read anew in each turn: registers are dearer than a look into L1.
+        // The next token, and how far in the keys its turn has come. All else is read anew in each turn: registers are dearer
+        // than a look into L1.
+        for (int next = 0, tile = 0;;) {
             const int2 begin = p.entry(blockIdx.x, lane), end = p.entry(blockIdx.x + 1, lane);
             const int limit = begin.x == end.x && begin.y >= end.y ? 0 : min(p.windows.rows, end.x + (end.y > 0));
-            row = max(row, begin.x);
+            const int row = max(next / p.windows.next_n, begin.x);
             if (row < 0 || row >= limit) return;
             const int first_row = row - row % p.rows_per_group;
             const int rows = min(p.rows_per_group, p.windows.rows - first_row);
+            const int done = max(next - first_row * p.windows.next_n, 0);
             const int first_token = first_row * p.windows.next_n + done, count = rows * p.windows.next_n - done;
+            if (tile == kNever) {
+                next = first_token + min(count, Group::kSize), tile = 0;
+                continue;
+            }
             const Window mine = window_of(p, first_token, count, lane);
-            const bool some = count > Group::kSize || done > 0 || __any_sync(kAllLanes, mine.end > 0);
-            if (some) {
+            if (count > Group::kSize || done > 0 || __any_sync(kAllLanes, mine.end > 0)) {
                 const int from = boundary(p, begin, first_row, rows, lane), to = boundary(p, end, first_row, rows, lane);
                 tile = Group::score_span(p, first_token, mine, max(tile, from), to, false, lane);
-                if (tile != kNever) continue;
-                done = count > Group::kSize ? done + Group::kSize : 0;
-                if (done == 0) row = first_row + p.rows_per_group;
             } else {
-                row = next_row(p, first_row + rows, limit, lane);
+                next = next_row(p, first_row + rows, limit, lane) * p.windows.next_n;
             }
-            tile = 0;
         }
     }
 };

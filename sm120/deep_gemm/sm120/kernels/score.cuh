@@ -89,7 +89,7 @@ struct Scorer {
     // lane `4 << Step` away has of it, to which it gives the other: in the end a lane has all of one key.
     template <int Step>
     __device__ static float exchange(float lower, float upper, const Lane& lane) {
-        const bool keeps_upper = lane.g >> Step & 1;
+        const bool keeps_upper = lane.id & 4 << Step;
         const float given = keeps_upper ? lower : upper;
         return (keeps_upper ? upper : lower) + __shfl_xor_sync(kAllLanes, given, 4 << Step);
     }

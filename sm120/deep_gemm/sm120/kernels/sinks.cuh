@@ -32,6 +32,14 @@ struct Stored {
         const uint32 n = key - begin;        // keys before the window wrap around
         if (n < count) row[n] = Logit(logit);
     }
+
+    // After `keep` this lane's key of a tile is always number `key`, so the tile says which it is.
+    static constexpr bool kKeeps = true;
+    __device__ void keep(uint32 key) { row += int(key - begin), begin -= key; }
+    __device__ void take_of(uint32 tile, float logit) const {
+        if (tile * kTile - begin < count) put(tile, logit);
+    }
+    __device__ void put(uint32 tile, float logit) const { row[int64(tile) * kTile] = Logit(logit); }       // in the window
 };
 
 // Instead of the type of the logits: of that type, and with the maxima of blocks. Block b is keys 8b to 8b + 7, those of them
@@ -44,6 +52,7 @@ template <class Logit>
 struct Stored<WithMaxima<Logit>> : Stored<Logit> {
     using Stored<Logit>::begin, Stored<Logit>::count;
     static constexpr uint32 kBlock = 8;
+    static constexpr bool kKeeps = false;
 
     uint8* maxima;               // that of block b is 4b bytes further on
     uint32 reach;                // a block is stored if its first key is one of so many from begin - 7 on

@@ -16,12 +16,14 @@ struct Stream {
     const Lane lane;
     const int step;              // from tile to tile
     const int end, limit;        // of the keys of all tokens; and of those there are
-    const uint32 never;          // 0, unknown to the compiler
+    uint32 never;                // 0, unknown to the compiler
     Source source;
     Scorer<Format, kHeads, kTokens, Weight> scorer;
     Sink sinks[kTokens];
     uint32 words[4][Format::kLoaded];     // keys g, g + 8, g + 16, g + 24 of the tile
     uint32 scale, next_scale;
+    // kMany: where in 8 keys this lane begins, the key of a tile whose scale it loads, and 0 once more.
+    uint32 kept, kept_scale, never_either;
 
     __device__ uint32 last_key() const { return Source::last_key(end, limit); }
 
@@ -38,24 +40,26 @@ struct Stream {
         }
     }
 
-    template <int Half, bool kWhole>
+    __device__ uint32 own() const { return lane.g * Format::kRowBytes + Format::lane_offset(lane); }
+    __device__ uint32 own_scale() const { return Format::scale_key(lane, scorer.key_of(lane)); }
+
+    template <int Half, bool kWhole, bool kMany = false>
     __device__ void fetch(uint32 tile) {
         #pragma unroll
         for (int j = 2 * Half; j < 2 * Half + 2; ++j) {
             Format::load(words[j], source.template values<Half, kWhole>(tile, last_key(), lane.g, 8 * j,
-                                                                        Format::lane_offset(lane)));
+                                                                        Format::lane_offset(lane), kMany ? kept : own()));
         }
     }
 
-    template <bool kWhole>
+    template <bool kWhole, bool kMany = false>
     __device__ void fetch_scale(uint32 tile) {
-        next_scale = ptx::load_word(source.template scales<kWhole>(tile, last_key(),
-                                                                   Format::scale_key(lane, scorer.key_of(lane))));
+        next_scale = ptx::load_word(source.template scales<kWhole>(tile, last_key(), kMany ? kept_scale : own_scale()));
     }
 
     // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied, and so does
     // their scale: FP4's mma takes it, so the next one waits beside it; FP8 needs it in the end only.
-    template <Next kNext>
+    template <Next kNext, bool kMany>
     __device__ void turn(int tile) {
         const int next = tile + step;
         constexpr bool kFetch = kNext != Next::kNone, kWhole = kNext == Next::kWhole;
@@ -67,9 +71,9 @@ struct Stream {
             scorer.template keys<1>(sums[i][1], i, words[1], scale, lane);
         }
         if constexpr (kFetch) {
-            source.locate(next, step, last_key(), lane);
-            fetch<0, kWhole>(next);
-            if constexpr (Format::kScaleFirst) fetch_scale<kWhole>(next);
+            source.template locate<kMany && kWhole>(next, step, last_key(), lane);
+            fetch<0, kWhole, kMany>(next);
+            if constexpr (Format::kScaleFirst) fetch_scale<kWhole, kMany>(next);
             demand<0>(never);
         }
         #pragma unroll
@@ -77,14 +81,21 @@ struct Stream {
             scorer.template keys<2>(sums[i][2], i, words[2], scale, lane);
             scorer.template keys<3>(sums[i][3], i, words[3], scale, lane);
         }
-        if constexpr (kFetch) fetch<1, kWhole>(next);
+        if constexpr (kFetch) fetch<1, kWhole, kMany>(next);
+        if constexpr (kMany && kWhole) demand<1>(never_either);
         float logits[kTokens];
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) logits[i] = Format::finish(scorer.total(sums[i], lane), next_scale);
-        if constexpr (kFetch && !Format::kScaleFirst) fetch_scale<kWhole>(next);
+        if constexpr (kFetch && !Format::kScaleFirst) fetch_scale<kWhole, kMany>(next);
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
-            sinks[i].template take<decltype(scorer)::kApart>(tile * kTile + scorer.key_of(lane), logits[i]);
+            if constexpr (!kMany || !Sink::kKeeps) {
+                sinks[i].template take<decltype(scorer)::kApart>(tile * kTile + scorer.key_of(lane), logits[i]);
+            } else if constexpr (!kWhole || !Source::kFromZero) {
+                sinks[i].take_of(tile, logits[i]);
+            } else if (kTokens == 1 || sinks[i].count) {
+                sinks[i].put(tile, logits[i]);
+            }
         }
     }
 
@@ -101,15 +112,35 @@ struct Stream {
         fetch_scale<false>(tile);
     }
 
-    // Tiles tile, tile + step, ... below `to`; the first one has been asked for.
+    // Tiles tile, tile + step, ... below `to`; the first one has been asked for. kMany: where it pays to set up a leaner loop.
+    // What comes out of a shuffle the compiler keeps; what it can work out from a thread's number it works out in each turn.
+    // Pages are looked up outside, and whole tiles stored without a look at the window.
+    template <bool kMany>
     __device__ void run(int tile, int to) {
+        if constexpr (kMany && Sink::kKeeps) {
+            #pragma unroll
+            for (int i = 0; i < kTokens; ++i) sinks[i].keep(scorer.key_of(lane));
+        }
+        if constexpr (kMany) {
+            kept = __shfl_sync(kAllLanes, own(), lane.id), kept_scale = __shfl_sync(kAllLanes, own_scale(), lane.id);
+            never_either = __reduce_max_sync(kAllLanes, never);
+            if constexpr (Format::kScaleFirst) never = __reduce_max_sync(kAllLanes, never);       // FP8 has no register left
+        }
         if (tile + step < to) {
-            #pragma unroll (kHeads * kTokens > 16 ? 1 : 2)   // with few heads it pays not to move what a turn hands on
-            for (const int cut = to - 2 * step; tile < cut; tile += step) turn<Next::kWhole>(tile);
-            turn<Next::kCut>(tile);
+            const int cut = to - 2 * step;
+            if constexpr (kMany) {
+                while (tile < cut) {
+                    if (!source.opened()) source.open(tile + step, step, last_key(), lane);
+                    for (; tile < cut && source.opened(); tile += step) turn<Next::kWhole, true>(tile);
+                }
+            } else {
+                #pragma unroll (kHeads * kTokens > 16 ? 1 : 2)   // with few heads it pays not to move what a turn hands on
+                for (; tile < cut; tile += step) turn<Next::kWhole, false>(tile);
+            }
+            turn<Next::kCut, kMany>(tile);
             tile += step;
         }
-        turn<Next::kNone>(tile);
+        turn<Next::kNone, kMany>(tile);
     }
 
     // Eight keys alone, a quarter of a tile: unit 4 * tile + key tile.
@@ -117,8 +148,8 @@ struct Stream {
         const int tile = unit / 4, key = unit % 4 * 8;
         source.locate(tile, 0, last_key(), lane);
         const uint32 offset = Format::lane_offset(lane);
-        Format::load(words[0], key < kTile / 2 ? source.template values<0, false>(tile, last_key(), key + lane.g, 0, offset)
-                                               : source.template values<1, false>(tile, last_key(), key + lane.g, 0, offset));
+        Format::load(words[0], key < kTile / 2 ? source.template values<0, false>(tile, last_key(), key + lane.g, 0, offset, 0)
+                                               : source.template values<1, false>(tile, last_key(), key + lane.g, 0, offset, 0));
         next_scale = ptx::load_word(source.template scales<false>(
             tile, last_key(), key + (Format::kScaleFirst ? lane.g : scorer.key_of_eight(lane))));
     }

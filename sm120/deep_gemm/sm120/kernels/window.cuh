@@ -3,6 +3,8 @@
 
 #include "ptx.cuh"
 
+constexpr int kTile = 32;              // keys a warp takes at a time
+
 struct Window { int begin, end; };     // begin <= end
 
 struct Windows {
