@@ -65,6 +65,13 @@ def test_a_row_behind_many_empty_ones(empty: int, next_n: int, device: str) -> N
 
 
 @FORMATS
+@pytest.mark.parametrize("block_kv", [48, 64])
+def test_a_long_row_among_many(block_kv: int, fp4: bool, device: str) -> None:
+    """In one slot, whose warps share its tiles out: each looks up its pages several times, 32 tiles at a time."""
+    run(Paged([26_000, *[30] * 7], heads=16, dim=64, block_kv=block_kv, fp4=fp4, slots=1, device=device))
+
+
+@FORMATS
 @pytest.mark.parametrize("block_kv", [16, 48, 64])
 @pytest.mark.parametrize("next_n", [1, 2, 17, 40])
 def test_one_short_row(block_kv: int, next_n: int, fp4: bool, device: str) -> None:

@@ -74,14 +74,20 @@ __device__ inline void store_if_at_least(uint32& to, float a, float b, uint32 wo
                  "@p add.u32 %0, %0, 8;\n\t}" : "+r"(to) : "f"(a), "f"(b), "r"(word) : "memory");
 }
 
-__device__ inline uint32 shared_address(const void* address) { return uint32(__cvta_generic_to_shared(address)); }
-
-// 9.7.13.5 atom: lane by lane; a compiler would have one lane add for all, which takes longer where they are few.
-__device__ inline int atom_add_shared(int* address, int x) {
-    int before;
-    asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(before) : "r"(uint32(__cvta_generic_to_shared(address))), "r"(x) : "memory");
-    return before;
+// The same if a >= b, but not a >= c.
+__device__ inline void store_if_between(uint32& to, float a, float b, float c, uint32 word) {
+    asm volatile("{\n\t.reg .pred p, q;\n\tsetp.ge.f32 q, %1, %3;\n\tsetp.ge.and.f32 p, %1, %2, !q;\n\t"
+                 "@p st.shared.v2.b32 [%0], {%1, %4};\n\t@p add.u32 %0, %0, 8;\n\t}"
+                 : "+r"(to) : "f"(a), "f"(b), "f"(c), "r"(word) : "memory");
 }
+
+// if (a >= b) *to++ = word, in shared memory
+__device__ inline void store_word_if_at_least(uint32& to, float a, float b, uint32 word) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p st.shared.b32 [%0], %3;\n\t"
+                 "@p add.u32 %0, %0, 4;\n\t}" : "+r"(to) : "f"(a), "f"(b), "r"(word) : "memory");
+}
+
+__device__ inline uint32 shared_address(const void* address) { return uint32(__cvta_generic_to_shared(address)); }
 
 // What the compiler is to keep, rather than to compute again wherever it is used.
 __device__ inline int kept(int x) {

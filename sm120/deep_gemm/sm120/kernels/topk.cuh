@@ -181,6 +181,7 @@ struct Row {
 
     // Tells the choice: where the row's results lie, once for all of them.
     struct Results {
+        const Row& row;
         const TopkParams& p;
         const int* pages;
         int* out;
@@ -188,7 +189,7 @@ struct Row {
         float* scores;
         int offset;
 
-        __device__ void put(int at, float value, uint32 position) const {
+        __device__ void put(int at, uint32 position) const {
             int place = position;
             if (pages) {
                 const int page = p.page_shift >= 0 ? position >> p.page_shift : position / uint32(p.page);
@@ -197,7 +198,7 @@ struct Row {
             }
             out[at] = place + offset;
             if (positions) positions[at] = position;
-            if (scores) scores[at] = value;
+            if (scores) scores[at] = row.value_at(position);
         }
 
         __device__ void put_nothing(int at) const {
@@ -208,9 +209,16 @@ struct Row {
     };
 
     __device__ Results results() const {
-        return {p, p.table ? pages() : nullptr, p.out + row * p.out_stride,
+        return {*this, p, p.table ? pages() : nullptr, p.out + row * p.out_stride,
                 p.positions ? p.positions + row * p.positions_stride : nullptr,
                 p.scores ? p.scores + row * p.scores_stride : nullptr, p.offset ? int(ptx::load_word(p.offset + row)) : 0};
+    }
+
+    // Looked up again where it is asked for.
+    __device__ float value_at(uint32 position) const {
+        const uint8* logit = begin + (skew + int64(position)) * sizeof(Logit);
+        if constexpr (kKeys == 4) return __uint_as_float(ptx::load_word(logit)) + 0.0f;
+        else return __uint_as_float(ptx::load_half(logit) << 16) + 0.0f;
     }
 
     // All keys of a row that has no more than k; logits are read only to tell the scores.
@@ -218,13 +226,7 @@ struct Row {
         const Results results = this->results();
         #pragma unroll 1
         for (int i = threadIdx.x; i < p.k; i += blockDim.x) {
-            float value = 0;
-            if (p.scores && i < length) {
-                const uint8* logit = begin + (skew + i) * sizeof(Logit);
-                if constexpr (kKeys == 4) value = __uint_as_float(ptx::load_word(logit)) + 0.0f;
-                else value = __uint_as_float(ptx::load_half(logit) << 16) + 0.0f;
-            }
-            if (i < length) results.put(i, value, i);
+            if (i < length) results.put(i, i);
             else results.put_nothing(i);
         }
     }
@@ -235,24 +237,24 @@ struct Row {
 template <int kThreads, int kDigit, int kCapacity, int kMost, bool kAscending>
 struct Block {
     using Bin = Bins<kDigit>;
-    static constexpr bool ascending = kAscending;
     static constexpr int kWarps = kThreads / 32, kBins = Bin::kCount;
     static constexpr int kOwn = kBins > kThreads ? kBins / kThreads : 1, kOwners = kBins / kOwn;  // bins of a thread
-    static constexpr int kTies = 32 * kWarps < 512 ? 32 * kWarps : 512;                         // a lane keeps one at most
-    static_assert(kThreads % 32 == 0 && kWarps <= 32 && kOwners % 32 == 0 && kCapacity >= kMost);
+    static constexpr int kTies = 256;
+    static_assert(kThreads % 32 == 0 && kWarps <= 32 && kOwners % 32 == 0);
 
     // The first bin by which there are as many as wanted: its least value, that of the bins before it, how many are in
     // these, and in itself; 0 where there are not so many.
     struct alignas(16) Match { float low, high; int above, inside; };
 
     struct Memory {
-        alignas(16) uint32 histogram[kBins];          // zero between two uses
+        union {
+            alignas(16) uint32 histogram[kBins];      // zero between two uses
+            uint32 results[kAscending ? 1 : kMost];   // the chosen positions, when all has been counted
+        };
+        uint32 in_turn[kAscending ? kMost : 1];       // where they stand meanwhile, before they are put in order
         Match match;
         uint2 list[kCapacity];                        // {value, position}
-        union {
-            uint2 ties[kTies];                        // likewise
-            uint32 chosen[kAscending ? kMost : 1];    // positions
-        };
+        uint2 ties[kTies];                            // likewise
         uint32 totals[kWarps], counts[2][kWarps];
         int bin, tied;
     };
@@ -267,6 +269,8 @@ struct Block {
         if (kOwners == kThreads || thread < kOwners) take_bins(bins);
         if (thread == 0) memory.tied = 0;
     }
+
+    __device__ uint32* chosen() { return kAscending ? memory.in_turn : memory.results; }
 
     __device__ uint32 lanes_below() const { return (1u << lane) - 1; }
 
@@ -390,61 +394,72 @@ struct Block {
         return value > than || (value == than && entry.y < other.y);
     }
 
-    __device__ uint2 entry_of(int at, int listed) const {
-        return at < listed ? memory.list[at] : uint2{kNanWord, kNowhere};
+    __device__ static uint2 entry_of(const uint2* entries, int at, int count) {
+        return at < count ? entries[at] : uint2{kNanWord, kNowhere};
     }
 
-    // `put(place, value, position)` for the k largest of the list, which has at least as many; `match` is the bin of the k-th.
-    template <class Put>
-    __device__ void choose(int listed, int k, Match match, Put put) {
-        __syncthreads();
-        int above = 0;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(first + thread, listed);
-            const float value = __uint_as_float(entry.x);
-            above += __popc(__ballot_sync(kAllLanes, value >= match.high));
-            if (value >= match.low && !(value >= match.high)) memory.ties[ptx::atom_add_shared(&memory.tied, 1)] = entry;
-        }
-        int place = share_out_warps(above).first;
-
-        uint2 tie = {0, kNowhere};                    // of the ties that this warp ranks a lane keeps one
-        int tie_place = 0;
-        auto keep = [&](uint2 ranked, int rank, int turn) {
-            if (lane == turn && match.above + rank < k) tie = ranked, tie_place = match.above + rank;
+    // `inside` ties: the `want` largest of them are chosen[first] and what follows.
+    __device__ void rank(int inside, int want, int first) {
+        auto place = [&](int rank, uint32 position) {
+            if (lane == 0 && rank < want) chosen()[first + rank] = position;
         };
-        if (__builtin_expect(match.inside <= 32, 1)) {
-            const uint2 other = lane < match.inside ? memory.ties[lane] : uint2{kNanWord, kNowhere};
+        if (__builtin_expect(inside <= 32, 1)) {
+            const uint2 other = entry_of(memory.ties, lane, inside);
             #pragma unroll
             for (int turn = 0; turn < 32 / kWarps; ++turn) {
                 const int i = warp + turn * kWarps;
-                if (i >= match.inside) break;
-                const uint2 ranked = memory.ties[i];
-                keep(ranked, __popc(__ballot_sync(kAllLanes, is_above(other, ranked))), turn);
+                if (i >= inside) break;
+                const uint2 tie = memory.ties[i];
+                place(__popc(__ballot_sync(kAllLanes, is_above(other, tie))), tie.y);
             }
         } else {
             #pragma unroll 1
-            for (int i = warp, turn = 0; i < match.inside; i += kWarps, ++turn) {
-                const uint2 ranked = memory.ties[i];
+            for (int i = warp; i < inside; i += kWarps) {
+                const uint2 tie = memory.ties[i];
                 int rank = 0;
                 #pragma unroll 1
-                for (int other = lane; other - lane < match.inside; other += 32) {
-                    rank += __popc(__ballot_sync(kAllLanes, other < match.inside && is_above(memory.ties[other], ranked)));
+                for (int others = 0; others < inside; others += 32) {
+                    rank += __popc(__ballot_sync(kAllLanes, is_above(entry_of(memory.ties, others + lane, inside), tie)));
                 }
-                keep(ranked, rank, turn);
+                place(rank, tie.y);
             }
         }
-        if constexpr (kAscending) __syncthreads();    // where ties stood there is room
+    }
+
+    // Chooses the k largest of all lanes' values; `match` is the bin of the k-th.
+    template <int kValues, class Position>
+    __device__ void take(const float (&values)[kValues], Position position, int k, Match match) {
+        const int above = reaching(values, match.high), ties = reaching(values, match.low) - above;
+        if (ties > 0) {
+            uint32 at = ptx::shared_address(memory.ties + atomicAdd(&memory.tied, ties));
+            #pragma unroll
+            for (int i = 0; i < kValues; ++i) ptx::store_if_between(at, values[i], match.low, match.high, position(i));
+        }
+        uint32 at = ptx::shared_address(chosen() + share_out(above).first);
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
+        rank(match.inside, k - match.above, match.above);
+    }
+
+    // The same of the list.
+    __device__ void take(int listed, int k, Match match) {
+        int above = 0;
         #pragma unroll 1
-        for (int first = 0;; first += kThreads) {
-            const bool last = first >= listed;
-            const uint2 entry = last ? tie : entry_of(first + thread, listed);
-            const bool chosen = last ? tie.y != kNowhere : __uint_as_float(entry.x) >= match.high;
-            const uint32 all = __ballot_sync(kAllLanes, chosen);
-            if (chosen) put(last ? tie_place : place + __popc(all & lanes_below()), entry);
-            if (last) break;
+        for (int first = 0; first < listed; first += kThreads) {
+            const uint2 entry = entry_of(memory.list, first + thread, listed);
+            const float value = __uint_as_float(entry.x);
+            above += __popc(__ballot_sync(kAllLanes, value >= match.high));
+            if (value >= match.low && !(value >= match.high)) memory.ties[atomicAdd(&memory.tied, 1)] = entry;
+        }
+        int place = share_out_warps(above).first;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            const uint2 entry = entry_of(memory.list, first + thread, listed);
+            const uint32 all = __ballot_sync(kAllLanes, __uint_as_float(entry.x) >= match.high);
+            if (all >> lane & 1) chosen()[place + __popc(all & lanes_below())] = entry.y;
             place += __popc(all);
         }
+        rank(match.inside, k - match.above, match.above);
     }
 
     // Those in the bin can be ranked.
@@ -470,7 +485,7 @@ struct Block {
         listed = 0;
         #pragma unroll 1
         for (int first = 0; first < all; first += kThreads) {    // places never lie past those that have been read
-            const uint2 entry = first + thread < all ? memory.list[first + thread] : uint2{kNanWord, kNowhere};
+            const uint2 entry = entry_of(memory.list, first + thread, all);
             const float value[1] = {__uint_as_float(entry.x)};
             append(value, [&](int) { return entry.y; }, gate, listed);
         }
@@ -489,9 +504,9 @@ struct Block {
         }
     }
 
-    // `put(place, value, position)` for the k largest of the row.
-    template <class Row, class Put>
-    __device__ void choose_slowly(const TopkParams& p, Put put) {
+    // Chooses the k largest of the row.
+    template <class Row>
+    __device__ void take_slowly(const TopkParams& p) {
         using Vec = typename Row::Vec;
         const Row row(p);                                      // again, so that nothing is kept for the rare case
         constexpr int kKeys = Vec::kKeys;
@@ -537,13 +552,9 @@ struct Block {
             const Places places = share_out(__popc(mask));
             int place = first + places.first;
             first += places.total;
-            #pragma unroll 1
-            for (; mask != 0; mask &= mask - 1) {
-                const int chosen = __ffs(mask) - 1;
-                float value = 0;
-                #pragma unroll
-                for (int i = 0; i < kKeys; ++i) value = i == chosen ? vector.value(i) : value;
-                put(place++, uint2{__float_as_uint(value), row.position_of(at, chosen)});
+            #pragma unroll
+            for (int i = 0; i < kKeys; ++i) {
+                if (mask >> i & 1) chosen()[place++] = row.position_of(at, i);
             }
         });
     }
@@ -573,13 +584,13 @@ struct Block {
         int mine = 0;
         #pragma unroll 1
         for (int first = 0; first < listed; first += kThreads) {
-            mine += __popc(__ballot_sync(kAllLanes, __uint_as_float(entry_of(first + thread, listed).x) >= gate));
+            mine += __popc(__ballot_sync(kAllLanes, __uint_as_float(entry_of(memory.list, first + thread, listed).x) >= gate));
         }
         const Places places = share_out_warps(mine);
         int place = places.first;
         #pragma unroll 1
         for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(first + thread, listed);
+            const uint2 entry = entry_of(memory.list, first + thread, listed);
             const bool reaches = __uint_as_float(entry.x) >= gate;
             const uint32 all = __ballot_sync(kAllLanes, reaches);
             if (reaches) front[place + __popc(all & lanes_below())] = entry;
@@ -588,16 +599,16 @@ struct Block {
         for (int i = places.total + thread; i < room; i += kThreads) front[i] = {kNanWord, kNowhere};
     }
 
-    // The chosen positions in their order: a bit for each, as many at a time as there are bins. `put(place, position)`
-    template <class Put>
-    __device__ void ascend(int k, Put put) {
-        __syncthreads();
+    // The chosen positions in their order: a bit for each, as many at a time as there are bins.
+    __device__ const uint32* ascend(int k) {
+        uint32* order = reinterpret_cast<uint32*>(memory.list);       // which has been chosen from
+        static_assert(!kAscending || sizeof(memory.list) >= kMost * sizeof(uint32));
         int before = 0;
         #pragma unroll 1
         for (uint32 first = 0; before < k; first += 32 * kBins) {
             #pragma unroll 1
             for (int i = thread; i < k; i += kThreads) {
-                const uint32 bit = memory.chosen[i] - first;
+                const uint32 bit = chosen()[i] - first;
                 if (bit < 32 * kBins) atomicOr(&memory.histogram[bit / 32], 1u << bit % 32);
             }
             __syncthreads();
@@ -611,33 +622,26 @@ struct Block {
             #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
                 for (uint32 word = words[i]; word != 0; word &= word - 1) {
-                    order()[place++] = first + (thread * kOwn + i) * 32 + __ffs(word) - 1;
+                    order[place++] = first + (thread * kOwn + i) * 32 + __ffs(word) - 1;
                 }
             }
             before += places.total;
         }
         __syncthreads();
-        #pragma unroll 1
-        for (int i = thread; i < k; i += kThreads) put(i, order()[i]);
+        return order;
     }
 
-    // The list has been chosen from.
-    __device__ uint32* order() { return reinterpret_cast<uint32*>(memory.list); }
+    // Puts what has been chosen.
+    template <class Row>
+    __device__ void put(const Row& row) {
+        const auto results = row.results();
+        __syncthreads();
+        const uint32* order = chosen();
+        if constexpr (kAscending) order = ascend(row.p.k);
+        #pragma unroll 1
+        for (int i = thread; i < row.p.k; i += kThreads) results.put(i, order[i]);
+    }
 };
-
-// The row's choice: out of the list, if it `fits`.
-template <class Of, class Row>
-__device__ inline void finish(Of& block, const Row& row, typename Of::Match match, int listed, bool fits) {
-    const TopkParams& p = row.p;
-    const auto results = row.results();
-    auto put = [&](int place, uint2 entry) {
-        if constexpr (Of::ascending) block.memory.chosen[place] = entry.y;
-        else results.put(place, __uint_as_float(entry.x), entry.y);
-    };
-    if (__builtin_expect(fits, 1)) block.choose(listed, p.k, match, put);
-    else block.template choose_slowly<Row>(p, put);
-    if constexpr (Of::ascending) block.ascend(p.k, [&](int place, uint32 position) { results.put(place, 0, position); });
-}
 
 // Of a row's parts one each; a lone part ends with the row's choice. Grid: x rows, y parts. kGroups: of a lane, in the first
 // piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece.
@@ -650,7 +654,8 @@ __device__ inline void choose(const TopkParams& p) {
     fetch_parameters(p);
     ptx::griddepcontrol();
 
-    const Row<Logit, kAscending> row(p);
+    using Lies = Row<Logit, kAscending>;
+    const Lies row(p);
     const int parts = kParted ? row.parts(kThreads * kKeys) : 1, part = kParted ? blockIdx.y : 0;
     if (part >= parts) return;
     if (__builtin_expect(row.length <= p.k, 0)) return row.put_all();
@@ -676,9 +681,6 @@ __device__ inline void choose(const TopkParams& p) {
 
     const int64 region = int64(row.row) * p.parts + part;
     uint2* front = p.fronts + region * p.front;
-    typename Of::Match match;
-    int listed = 0;
-    bool fits;
     if constexpr (kGroups == 0) {
         convert();
         auto position = [&](int i) { return position_of(0, i); };
@@ -689,11 +691,14 @@ __device__ inline void choose(const TopkParams& p) {
             if (threadIdx.x == 0) p.gates[region] = gate;
             return;
         }
-        match = block.find(p.k);
-        fits = Of::few(match) && block.append(values, position, match.low, listed);
+        const auto match = block.find(p.k);
+        if (__builtin_expect(Of::few(match), 1)) block.take(values, position, p.k, match);
+        else block.template take_slowly<Lies>(p);
     } else {
         const int chunks = (row.vectors() + 31) / 32, want = parts > 1 ? min(p.k, p.front) : p.k;
         float gate = lowest();
+        int listed = 0;
+        bool fits;
         #pragma unroll 1
         for (int piece = 0;; ++piece) {
             convert();
@@ -708,7 +713,7 @@ __device__ inline void choose(const TopkParams& p) {
                 #pragma unroll
                 for (int i = 0; i < kKeys; ++i) maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
                 block.count(maxima);
-                match = block.find(want);
+                const auto match = block.find(want);
                 if (match.inside > 0) gate = match.low;
             }
             fits = block.append(values, position, gate, listed);
@@ -727,21 +732,23 @@ __device__ inline void choose(const TopkParams& p) {
             if (threadIdx.x == 0) p.gates[region] = gate;
             return;
         }
-        match = block.find(p.k);
-        fits = fits && Of::few(match);
+        const auto match = block.find(p.k);
+        if (__builtin_expect(fits && Of::few(match), 1)) block.take(listed, p.k, match);
+        else block.template take_slowly<Lies>(p);
     }
-    finish(block, row, match, listed, fits);
+    block.put(row);
 }
 
 // Grid: x rows. `kFronts`: entries of all fronts of a row; `kShare`: keys of a part's piece.
 template <class Logit, int kThreads, int kFronts, int kShare, int kDigit, int kMost, bool kAscending>
 __device__ inline void merge(const TopkParams& p) {
     constexpr int kEntries = kFronts / kThreads;
-    using Of = Block<kThreads, kDigit, kMost + 512, kMost, kAscending>;
+    using Of = Block<kThreads, kDigit, kAscending ? kMost / 2 : 1, kMost, kAscending>;
     __shared__ typename Of::Memory memory;
     Of block(memory);
     fetch_parameters(p);
-    const Row<Logit, kAscending> row(p);  // the lengths are older than the kernel before this one, which has waited for them
+    using Lies = Row<Logit, kAscending>;
+    const Lies row(p);  // the lengths are older than the kernel before this one, which has waited for them
     const int parts = row.parts(kShare);
     if (row.length <= p.k || parts == 1) {
         ptx::griddepcontrol();
@@ -770,8 +777,10 @@ __device__ inline void merge(const TopkParams& p) {
     least = __reduce_max_sync(kAllLanes, least);
     block.count(values);
     const auto match = block.find(p.k);
-    int listed = 0;
-    const bool fits = Of::few(match) && match.low >= value_of(least)
-        && block.append(values, [&](int i) { return positions[i]; }, match.low, listed);
-    finish(block, row, match, listed, fits);
+    if (__builtin_expect(Of::few(match) && match.low >= value_of(least), 1)) {
+        block.take(values, [&](int i) { return positions[i]; }, p.k, match);
+    } else {
+        block.template take_slowly<Lies>(p);
+    }
+    block.put(row);
 }

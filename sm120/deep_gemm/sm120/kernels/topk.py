@@ -83,7 +83,9 @@ class Config:
     @cached_property
     def capacity(self) -> int:
         """Entries of the list."""
-        return max(2048, 2 * self.most, self.unit * self.most) if self.groups else self.most + 512
+        return (
+            max(2048, 2 * self.most, self.unit * self.most) if self.groups else self.most // 2 if self.ascending else 1
+        )
 
     @cached_property
     def fronts(self) -> int:
