@@ -485,7 +485,7 @@ MUTATIONS = {
         "if (listed + places.total > «kCapacity → 2 * kCapacity») return false;",
         "value > than || (value == than && entry.y «< → <=» other.y)",
         "above += __popc(__ballot_sync(kAllLanes, value «>= → >» match.high));",
-        "if (lane == turn && match.above + rank «< → <=» k) tie = ranked",
+        "if (lane == 0 && rank «< → <=» want) chosen()[first + rank] = position;",
         "if (match.inside > 0) gate = «fmaxf(gate, match.low) → match.low»;",
         "position < uint32(row.length) && (!of_positions || «key == bound → true»)",
         "key > bound || (key == bound && ~position «>= → >» tie)",
