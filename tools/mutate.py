@@ -135,7 +135,7 @@ TESTS = {
         "test_rows.py::test_one_row_of_small_lengths",
         "test_rows.py::test_empty_rows_among_them",
         "test_paged.py::test_a_row_behind_many_empty_ones",
-    "test_paged.py::test_a_long_row_among_many",
+        "test_paged.py::test_a_long_row_among_many",
         "test_paged.py::TestSchedules",
         "test_garbage.py::test_paged_schedules",
         "test_garbage.py::test_paged_lengths_and_tables",
