@@ -473,7 +473,7 @@ MUTATIONS = {
     ],
     "sm120/kernels/topk.cuh": [
         "if (kUnits && p.unit > 1) length = (uint32(length) + p.unit« - 1 → ») / p.unit;",
-        "length = «min(length, p.columns - window.begin) → length»;",
+        "length = «min(length, p.columns - first) → length»;",
         "column_of(int page) const { return «min(page, p.table_columns - 1) → page»; }",
         "(p.tokens > 1 ? «row / p.tokens → row» : row)",
         "out[at] = place «+ → -» offset;",
