@@ -294,8 +294,15 @@ def test_another_device_than_the_current_one(run) -> None:
         runtime._launch_on_gpu(kernel, 1, {SECOND_DEVICE_STREAM}, (1, 1), parameters)
         runtime._launch_on_gpu(kernel, 1, 0, (1, 1), parameters)
         runtime._launch_on_gpu(kernel, 0, {STREAM}, (1, 1), parameters)
-        print(json.dumps([[launch.device for launch in standin.launches], int(before)]))"""
-    assert run(code, vectors=True) == [[1, 1, 0], 0]
+        left = []
+        for index in (1, 0):  # a thread's context is its own again after a call for another device
+            mine = cuda.CUcontext(int(runtime._primary_context(1 - index)))
+            cuda.cuCtxSetCurrent(mine)
+            standin.device = 1 - index
+            runtime._launch_on_gpu(kernel, index, SECOND_DEVICE_STREAM if index else STREAM, (1, 1), parameters)
+            left.append(int(cuda.cuCtxGetCurrent()[1]) == int(mine))
+        print(json.dumps([[launch.device for launch in standin.launches], int(before), left]))"""
+    assert run(code, vectors=True) == [[1, 1, 0, 1, 0], 0, [True, True]]
 
 
 def test_threads_that_have_no_context(run) -> None:
