@@ -124,10 +124,12 @@ TESTS = {
     ],
     "sm120/kernels/stream.cuh": [
         *SHAPES,
-        "test_rows.py::test_one_row_of_small_lengths",
-        "test_block_max.py",
-        "test_paged.py::test_page_sizes",
         SMALL,
+        "test_paged.py::test_more_tiles_than_a_warp_has_lanes",
+        "test_sparse.py::test_blocks_and_pages",
+        "test_rows.py::test_one_row_of_small_lengths",
+        "test_block_max.py::test_ragged",
+        "test_paged.py::test_page_sizes",
     ],
     "sm120/kernels/group.cuh": [*SHAPES, "test_paged.py::TestSchedules", SMALL, "test_sharing.py"],
     "sm120/kernels/rows.cuh": [
