@@ -194,7 +194,8 @@ class Suite:
         )  # fmt: skip
         if self.garbage:
             return
-        for row, (length, logits) in enumerate(zip(lengths, problem.logits(metadata).float().cpu())):
+        scored = problem.logits(metadata, self.output(len(lengths), problem.width * 8, torch.bfloat16)).float().cpu()
+        for row, (length, logits) in enumerate(zip(lengths, scored)):
             seen = min(length, problem.width * 8)
             if length > seen:
                 seen -= problem.lists[row, -1].item() == length // 8 and 8 - length % 8

@@ -236,6 +236,10 @@ def test_a_length_past_the_columns_ends_there(device: str) -> None:
     assert [sorted(p for p in row if p >= 0) for row in out.tolist()] == expected
 
 
+def test_a_row_may_start_past_its_length(device: str) -> None:
+    check(torch.randn(4, 3000), [0, 10, 700, -3], 20, [1, 2000, 1500, 5], device=device)
+
+
 def test_pages_and_offsets(device: str) -> None:
     columns, page = 7000, 48
     table = torch.stack([torch.randperm(500)[:200] for _ in range(3)]).int()

@@ -94,6 +94,20 @@ def test_a_table_that_is_too_narrow(device: str, lengths: list[int], k: int, pag
         assert torch.equal(out[row, : len(expected)], places.int())
 
 
+@pytest.mark.parametrize("columns, k", [(128, 1), (420, 5), (3000, 700), (9000, 600), (20_000, 512)])
+def test_rows_that_begin_behind_their_length(device: str, columns: int, k: int) -> None:
+    """Lengths count from the start, which may be larger; what lies before and behind the row is larger, too."""
+    lengths = [0, 1, 7, k, k + 1, columns // 3]
+    starts = [columns // 2 + row for row in range(6)]
+    logits = -torch.rand(6, columns) - 1
+    for row, (start, length) in enumerate(zip(starts, lengths)):
+        logits[row, :start], logits[row, start + length :] = 5.0, 6.0
+    begins, lens = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (starts, lengths))
+    out = sm120.topk(logits.to(device), lens, k, starts=begins).cpu()
+    for row, expected in enumerate(reference.topk(logits, lengths, k, starts)):
+        assert sorted(out[row, : len(expected)].tolist()) == expected and (out[row, len(expected) :] == -1).all()
+
+
 @pytest.mark.parametrize("width", [1, 20, 300])
 def test_blocks_behind_the_last_key(device: str, width: int) -> None:
     """The largest of all, just behind each row's end, is never chosen, wherever in a block that is."""

@@ -187,7 +187,11 @@ TESTS = {
         *TOPK,
         "test_topk.py::test_paged_logits_and_choice",
     ],
-    "sm120/kernels/metadata.py": ["test_garbage.py::test_metadata", "test_metadata.py"],
+    "sm120/kernels/metadata.py": [
+        "test_garbage.py::test_metadata_of_lengths_at_the_ends_of_int32",
+        "test_garbage.py::test_metadata",
+        "test_metadata.py",
+    ],
     "sm120/kernels/logits.py": [
         "test_garbage.py::test_a_grid_is_one_that_can_be_launched",
         "test_paged.py::test_block_table_with_a_stride_of_its_own",
@@ -469,7 +473,7 @@ MUTATIONS = {
     ],
     "sm120/kernels/topk.cuh": [
         "if (kUnits && p.unit > 1) length = (uint32(length) + p.unit« - 1 → ») / p.unit;",
-        "length = «min(length, p.columns - window.begin) → length»;",
+        "length = «min(length, p.columns - first) → length»;",
         "column_of(int page) const { return «min(page, p.table_columns - 1) → page»; }",
         "(p.tokens > 1 ? «row / p.tokens → row» : row)",
         "out[at] = place «+ → -» offset;",
@@ -489,7 +493,7 @@ MUTATIONS = {
         "if (match.inside > 0) gate = «fmaxf(gate, match.low) → match.low»;",
         "position < uint32(row.length) && (!of_positions || «key == bound → true»)",
         "key > bound || (key == bound && ~position «>= → >» tie)",
-        "const Match match = refine(find(room« + 1 → »), room + 1",
+        "const Match match = refine(find(room« + 1 → »), room + 1,",
         "if (bit < «32 * kBins → kBins»)",
         "const int chunks = (row.vectors() + «31 → 0») / 32",
         "if (!fits) gate = «__uint_as_float(kNanWord) → gate»;",

@@ -123,11 +123,18 @@ struct Row {
     int skew;                // keys there that are before the row's first one
 
     __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
-        const Window window = p.windows.of(row);
-        length = p.ends_are_lengths ? window.end : window.end - window.begin;
+        int first = 0;
+        if (p.ends_are_lengths) {
+            if (p.windows.starts) first = max(int(ptx::load_word(p.windows.starts + row)), 0);
+            length = max(0, min(p.windows.length(row), p.windows.limit));
+        } else {
+            const Window window = p.windows.of(row);
+            first = window.begin;
+            length = window.end - window.begin;
+        }
         if (kUnits && p.unit > 1) length = (uint32(length) + p.unit - 1) / p.unit;
-        length = min(length, p.columns - window.begin);
-        begin = p.logits + (row * p.logits_stride + window.begin) * int64(sizeof(Logit));
+        length = min(length, p.columns - first);
+        begin = p.logits + (row * p.logits_stride + first) * int64(sizeof(Logit));
         skew = reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(Logit);
         begin -= skew * sizeof(Logit);
     }
