@@ -7,6 +7,7 @@ from problems import Paged, Ragged, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120.emulator import Counters, recording
+from deep_gemm.sm120.kernels import logits
 
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 BYTES = {False: 132, True: 68}  # of a key with its scale
@@ -24,8 +25,12 @@ def paged(problem: Paged) -> Counters:
 
 @pytest.mark.parametrize("fp4, heads, warps", [(False, 16, 12), (True, 16, 16), (True, 32, 12)])
 @pytest.mark.parametrize("rows, slots", [(96, 4), (256, 20), (240, 48)])
-def test_paged_rows_of_one_sequence(fp4: bool, heads: int, warps: int, rows: int, slots: int) -> None:
-    """A prefill as SGLang makes it: rows of one sequence, lengths that grow by one every four rows."""
+def test_paged_rows_of_one_sequence(
+    fp4: bool, heads: int, warps: int, rows: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefill as SGLang makes it: rows of one sequence, lengths that grow by one every four rows. So many rows as no
+    decode step has; a smaller number stands for that here."""
+    monkeypatch.setattr(logits, "_MOST_REQUESTS", 64)
     keys = 1024 + rows // 4
     problem = Paged([1024 + row // 4 for row in range(rows)], heads=heads, fp4=fp4, slots=slots)
     problem.block_table[:] = problem.block_table[rows - 1].clone()
