@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import overlap
 import peer
 import pytest
 import sass
@@ -386,3 +387,14 @@ def test_bars() -> None:
     assert found[f"FP4 ragged{over}", "x1"][1:] == ["yes", "1.30: fp4 ragged 2048 x 8K h32"]
     assert found["prefill and ragged: share of the MMA's rate", "x2"][1] == "1 of 2"
     assert ("1 x 64: us above an empty kernel", "x2") not in found
+
+
+@pytest.mark.parametrize("others", overlap.OTHERS)
+@pytest.mark.parametrize("count", [0, 3])
+def test_the_probe_of_overlap_has_what_it_says(others: str, count: int) -> None:
+    binary = peer.build(overlap.source(others, count), "probe", ["--gpu-architecture=sm_90a"], {})
+    turn = sass.disassemble(binary.cubin)[binary.name].mma_loop().turn
+    counted = Counter(i.name for i in turn)
+    assert counted["HMMA"] == overlap.MMAS
+    expected = {"FFMA": (0, 1), "FMNMX": (1, 0), "half each": (2 / 3, 1 / 3)}[others]
+    assert (counted["FMNMX"], counted["FFMA"]) == tuple(round(overlap.MMAS * count * share) for share in expected)
