@@ -205,13 +205,12 @@ def test_ragged(device: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("keys", [1, 384, 2**31 - 1])
 @pytest.mark.parametrize("rows", [1, 33, 2**31 - 1])
 def test_a_grid_is_one_that_can_be_launched(rows: int, keys: int) -> None:
-    """Of any size, on as many SMs as `set_num_sms` takes: CUDA's limits are 2^31 - 1 and 65,535 blocks."""
+    """Of any size, on as many SMs as `set_num_sms` takes: parts are counted in 31 bits, and each stripe has some."""
     config = logits.configure("sm_120f", False, 64, 128, 0, torch.float32, torch.float32)
     for sms in (1, 188, 2**16):
-        groups, parts = logits.shares(config, rows, keys, sms)
-        assert 1 <= groups < 2**31 and 1 <= parts <= 65535
-    if rows == 1:
-        assert (groups, parts) == (1, -(-keys // 384) if keys < 2**31 - 1 else 65535)
+        groups, parts, stripes = logits.parts(config, rows, keys, sms)
+        assert 1 <= groups and 1 <= parts <= -(-keys // 32) and groups * parts < 2**31
+        assert 1 <= stripes <= groups * parts
 
 
 @given(st.data())

@@ -259,6 +259,17 @@ def test_every_logit_is_read_once(rows: int, one_part: None) -> None:
     assert launches[0].bytes_read["logits"] == rows * 30000 * 4
 
 
+@pytest.mark.parametrize("sms", [188, 1])
+def test_the_last_bin_of_a_long_row_is_divided(sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds more keys than are ranked; the row is not read again for that."""
+    monkeypatch.setattr(settings, "_num_sms", sms)
+    logits = torch.randn(1, 262144)
+    with recording() as launches:
+        out = sm120.topk(logits, torch.tensor([262144], dtype=torch.int32), 2048)
+    assert sorted(out[0].tolist()) == reference.topk(logits, [262144], 2048)[0]
+    assert sum(launch.bytes_read["logits"] for launch in launches) == 4 * 262144
+
+
 def test_the_cost_follows_the_lengths() -> None:
     """In a row that is wide and short all blocks but one leave at once."""
 

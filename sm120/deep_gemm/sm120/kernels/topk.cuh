@@ -465,13 +465,42 @@ struct Block {
     // Those in the bin can be ranked.
     __device__ static bool few(Match match) { return match.inside > 0 && match.inside <= kTies; }
 
+    template <int kValues, class Visit>
+    __device__ static void each(const float (&values)[kValues], Visit visit) {
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) visit(values[i]);
+    }
+
+    template <class Visit>
+    __device__ void each(int listed, Visit visit) const {
+        #pragma unroll 1
+        for (int i = thread; i < listed; i += kThreads) visit(__uint_as_float(memory.list[i].x));
+    }
+
+    // Divides a bin that holds more than `limit`, by the bits of the keys in it. `values`: in registers, or the list's size.
+    template <class Values>
+    __device__ Match refine(Match match, int want, int limit, const Values& values) {
+        uint32 low = key_of(match.low), high = match.high == match.high ? key_of(match.high) : low + 1;
+        #pragma unroll 1
+        while (__builtin_expect(match.inside > limit && high - low > 1, 0)) {
+            const int shift = max(0, 32 - __clz(high - low - 1) - kDigit);
+            each(values, [&](float value) {
+                if (value >= match.low && !(value >= match.high)) count(kBins - 1 - ((key_of(value) - low) >> shift));
+            });
+            const Match inner = find(want - match.above, true);
+            low += uint32(kBins - 1 - memory.bin) << shift;
+            high = min(high, low + (1u << shift));
+            match = {value_of(low), value_of(high), match.above + inner.above, inner.inside};
+        }
+        return match;
+    }
+
     __device__ void count_list(int listed, float gate) {
         __syncthreads();
-        #pragma unroll 1
-        for (int i = thread; i < listed; i += kThreads) {
-            const float value[1] = {__uint_as_float(memory.list[i].x)};
-            if (value[0] >= gate) count(value);
-        }
+        each(listed, [&](float value) {
+            const float values[1] = {value};
+            if (value >= gate) count(values);
+        });
     }
 
     // Raises the gate, so that k of the list and of the values reach it, if so many do; what does not is dropped from the list.
@@ -561,9 +590,10 @@ struct Block {
 
     // ---- telling ----
 
-    // The gate that no more than `room` of what has been counted reach, none below `gate`.
-    __device__ float gate_of(int room, float gate) {
-        const Match match = find(room + 1);
+    // The gate that no more than `room` of what has been counted reach, and not many less; none below `gate`.
+    template <class Values>
+    __device__ float gate_of(int room, float gate, const Values& values) {
+        const Match match = refine(find(room + 1), room + 1, room / 4 + 16, values);
         return match.inside == 0 ? gate : match.high;
     }
 
@@ -686,12 +716,12 @@ __device__ inline void choose(const TopkParams& p) {
         auto position = [&](int i) { return position_of(0, i); };
         block.count(values);
         if (parts > 1) {
-            const float gate = block.gate_of(p.front, lowest());
+            const float gate = block.gate_of(p.front, lowest(), values);
             block.publish(values, position, gate, front, p.front);
             if (threadIdx.x == 0) p.gates[region] = gate;
             return;
         }
-        const auto match = block.find(p.k);
+        const auto match = block.refine(block.find(p.k), p.k, Of::kTies, values);
         if (__builtin_expect(Of::few(match), 1)) block.take(values, position, p.k, match);
         else block.template take_slowly<Lies>(p);
     } else {
@@ -726,13 +756,13 @@ __device__ inline void choose(const TopkParams& p) {
         }
         block.count_list(listed, lowest());
         if (parts > 1) {
-            gate = block.gate_of(p.front, gate);
+            gate = block.gate_of(p.front, gate, listed);
             if (!fits) gate = __uint_as_float(kNanWord);
             block.publish(listed, gate, front, p.front);
             if (threadIdx.x == 0) p.gates[region] = gate;
             return;
         }
-        const auto match = block.find(p.k);
+        const auto match = block.refine(block.find(p.k), p.k, Of::kTies, listed);
         if (__builtin_expect(fits && Of::few(match), 1)) block.take(listed, p.k, match);
         else block.template take_slowly<Lies>(p);
     }
@@ -776,7 +806,7 @@ __device__ inline void merge(const TopkParams& p) {
     }
     least = __reduce_max_sync(kAllLanes, least);
     block.count(values);
-    const auto match = block.find(p.k);
+    const auto match = block.refine(block.find(p.k), p.k, Of::kTies, values);
     if (__builtin_expect(Of::few(match) && match.low >= value_of(least), 1)) {
         block.take(values, [&](int i) { return positions[i]; }, p.k, match);
     } else {
