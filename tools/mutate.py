@@ -491,7 +491,7 @@ MUTATIONS = {
         "if (match.inside > 0) gate = «fmaxf(gate, match.low) → match.low»;",
         "position < uint32(row.length) && (!of_positions || «key == bound → true»)",
         "key > bound || (key == bound && ~position «>= → >» tie)",
-        "const Match match = find(room« + 1 → »);",
+        "const Match match = refine(find(room« + 1 → »), room + 1",
         "if (bit < «32 * kBins → kBins»)",
         "const int chunks = (row.vectors() + «31 → 0») / 32",
         "if (!fits) gate = «__uint_as_float(kNanWord) → gate»;",
