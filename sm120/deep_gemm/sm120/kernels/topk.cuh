@@ -124,7 +124,7 @@ struct Row {
 
     __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
         const Window window = p.windows.of(row);
-        length = p.ends_are_lengths ? window.end : window.end - window.begin;
+        length = p.ends_are_lengths ? max(p.windows.length(row), 0) : window.end - window.begin;
         if (kUnits && p.unit > 1) length = (uint32(length) + p.unit - 1) / p.unit;
         length = min(length, p.columns - window.begin);
         begin = p.logits + (row * p.logits_stride + window.begin) * int64(sizeof(Logit));
