@@ -236,6 +236,10 @@ def test_a_length_past_the_columns_ends_there(device: str) -> None:
     assert [sorted(p for p in row if p >= 0) for row in out.tolist()] == expected
 
 
+def test_a_start_that_is_larger_than_the_length(device: str) -> None:
+    check(torch.randn(4, 1000), [5, 0, 300, -2], 200, [700, 800, 600, 3], device=device)
+
+
 def test_pages_and_offsets(device: str) -> None:
     columns, page = 7000, 48
     table = torch.stack([torch.randperm(500)[:200] for _ in range(3)]).int()
