@@ -18,6 +18,9 @@ struct Queries {
     int64 weights_stride;        // elements
 };
 
+// In the end the keys of a block of eight are with lanes 1, 2 and so many apart; so are the eight keys alone.
+constexpr int kApart = 8, kApartOfEight = 4;
+
 template <class Format, int kHeads, int kTokens, class Weight>
 struct Scorer {
     static constexpr int kHeadTiles = (kHeads + 15) / 16;
@@ -109,7 +112,6 @@ struct Scorer {
     __device__ static uint32 key_of(const Lane& lane) {
         return 16 * (lane.g >> 2) + 8 * (lane.g & 1) + 2 * lane.t + (lane.g >> 1 & 1);
     }
-    static constexpr int kApart = 8;         // lanes 1, 2 and so many apart have those of one block of eight
 
     // The same for 8 keys alone: lanes with g < 2 have the score of key 2t + g.
     __device__ float eight(int i, const uint32 (&loaded)[Format::kLoaded], uint32 scale, const Lane& lane) const {
@@ -120,5 +122,4 @@ struct Scorer {
         return sum + __shfl_xor_sync(kAllLanes, sum, 16);
     }
     __device__ static uint32 key_of_eight(const Lane& lane) { return 2 * lane.t + (lane.g & 1); }
-    static constexpr int kApartOfEight = 4;
 };

@@ -15,7 +15,7 @@ struct Output {
 constexpr uint32 kNoKey = 0xffffffff;
 
 // One token's row. `take` is called by all lanes of a warp, each with a key of its own; keys outside the window are dropped.
-// The keys of a block of eight are with lanes 1, 2 and kApart apart.
+// kApart: how the keys of a block of eight are spread over lanes (score.cuh).
 template <class Logit>
 struct Stored {
     Logit* row;                  // column of key 0
@@ -34,7 +34,6 @@ struct Stored {
     }
 
     // After `keep` this lane's key of a tile is always number `key`, so the tile says which it is.
-    static constexpr bool kKeeps = true;
     __device__ void keep(uint32 key) { row += int(key - begin), begin -= key; }
     __device__ void take_of(uint32 tile, float logit) const {
         if (tile * kTile - begin < count) put(tile, logit);
@@ -52,10 +51,10 @@ template <class Logit>
 struct Stored<WithMaxima<Logit>> : Stored<Logit> {
     using Stored<Logit>::begin, Stored<Logit>::count;
     static constexpr uint32 kBlock = 8;
-    static constexpr bool kKeeps = false;
 
     uint8* maxima;               // that of block b is 4b bytes further on
     uint32 reach;                // a block is stored if its first key is one of so many from begin - 7 on
+    bool first;                  // after `keep`: whether this lane's key is the first of a block
 
     __device__ void open(const Output& p, int token, Window window, bool compressed) {
         Stored<Logit>::open(p, token, window, compressed);
@@ -68,17 +67,40 @@ struct Stored<WithMaxima<Logit>> : Stored<Logit> {
     template <int kApart>
     __device__ void take(uint32 key, float logit) const {
         const uint32 n = key - begin;
-        const bool seen = n < count;
         const Logit stored(logit);
-        if (seen) this->row[n] = stored;
-        float most = seen ? float(stored) : __int_as_float(0x7fffffff);
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, kApart));
-        // The lane with a block's first key stores, if the window has any of its keys.
-        if (key % kBlock == 0 && n + (kBlock - 1) < reach) {
-            if (int(n + kBlock) >= int(count)) most = __int_as_float(0x7f800000);
-            *reinterpret_cast<float*>(maxima + key / 2) = most;
-        }
+        if (n < count) this->row[n] = stored;
+        place<kApart>(n, key % kBlock == 0, key / 2, stored);
+    }
+
+    __device__ void keep(uint32 key) {
+        Stored<Logit>::keep(key);
+        maxima += key / 2, first = key % kBlock == 0;
+    }
+    __device__ void take_of(uint32 tile, float logit) const {
+        const uint32 n = tile * kTile - begin;
+        const Logit stored(logit);
+        if (n < count) Stored<Logit>::put(tile, logit);
+        place<::kApart>(n, first, int64(tile) * (kTile / 2), stored);
+    }
+    __device__ void put(uint32 tile, float logit) const {          // and more of the window follows
+        Stored<Logit>::put(tile, logit);
+        const float most = largest<::kApart>(float(Logit(logit)));
+        if (first) *reinterpret_cast<float*>(maxima + int64(tile) * (kTile / 2)) = most;
+    }
+
+    // Of this lane's block of eight.
+    template <int kApart>
+    __device__ static float largest(float logit) {
+        logit = fmaxf(logit, __shfl_xor_sync(kAllLanes, logit, 1));
+        logit = fmaxf(logit, __shfl_xor_sync(kAllLanes, logit, 2));
+        return fmaxf(logit, __shfl_xor_sync(kAllLanes, logit, kApart));
+    }
+
+    // `n`: which of the window's keys this lane has. The lane with a block's first key stores, if the window has any of its.
+    template <int kApart>
+    __device__ void place(uint32 n, bool first, int64 offset, Logit stored) const {
+        const float most = largest<kApart>(n < count ? float(stored) : __int_as_float(0x7fffffff));
+        if (!first || n + (kBlock - 1) >= reach) return;
+        *reinterpret_cast<float*>(maxima + offset) = int(n + kBlock) >= int(count) ? __int_as_float(0x7f800000) : most;
     }
 };

@@ -110,6 +110,6 @@ struct SparseEights {
         Stored<Logit> sink;
         sink.open(p.output, 0, {0, int(8 * count)}, false);
         const float logit = Format::finish(scorer.eight(0, keys, scale, lane), scale);
-        sink.template take<Scorer::kApartOfEight>(lane.g < 2 ? 8 * eight + scorer.key_of_eight(lane) : kNoKey, logit);
+        sink.template take<kApartOfEight>(lane.g < 2 ? 8 * eight + scorer.key_of_eight(lane) : kNoKey, logit);
     }
 };

@@ -91,8 +91,8 @@ struct Stream {
         if constexpr (kFetch && !Format::kScaleFirst) fetch_scale<kWhole, kMany>(next);
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
-            if constexpr (!kMany || !Sink::kKeeps) {
-                sinks[i].template take<decltype(scorer)::kApart>(tile * kTile + scorer.key_of(lane), logits[i]);
+            if constexpr (!kMany) {
+                sinks[i].template take<kApart>(tile * kTile + scorer.key_of(lane), logits[i]);
             } else if constexpr (!kWhole || !Source::kFromZero) {
                 sinks[i].take_of(tile, logits[i]);
             } else if (kTokens == 1 || sinks[i].count) {
@@ -119,7 +119,7 @@ struct Stream {
     // Pages are looked up outside, and whole tiles stored without a look at the window.
     template <bool kMany>
     __device__ void run(int tile, int to) {
-        if constexpr (kMany && Sink::kKeeps) {
+        if constexpr (kMany) {
             #pragma unroll
             for (int i = 0; i < kTokens; ++i) sinks[i].keep(scorer.key_of(lane));
         }
@@ -161,7 +161,7 @@ struct Stream {
         for (int i = 0; i < kTokens; ++i) {
             const float logit = Format::finish(scorer.eight(i, words[0], next_scale, lane), next_scale);
             const uint32 key = lane.g < 2 ? 8 * unit + scorer.key_of_eight(lane) : kNoKey;
-            sinks[i].template take<decltype(scorer)::kApartOfEight>(key, logit);
+            sinks[i].template take<kApartOfEight>(key, logit);
         }
     }
 };
