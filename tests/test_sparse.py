@@ -360,9 +360,10 @@ class TestMetadata:
 
 @FORMATS
 def test_neighbours_read_the_blocks_that_they_share_together(fp4: bool) -> None:
-    """A prefill: neighbouring rows have 90% of their blocks in common. Each block of the grid reads a key once, so its
-    rows get along with about 1 / rows + 10% of what they would read alone; upstream's pairs of rows with 55%."""
-    rows, width, length = 192, 128, 8000
+    """A prefill, more rows than are taken one by one: neighbours have 90% of their blocks in common. Each block of the
+    grid reads a key once, so its rows get along with about 1 / rows + 10% of what they would read alone; upstream's
+    pairs of rows with 55%."""
+    rows, width, length = 384, 64, 8000
     problem = Sparse([length] * rows, width=width, shared=True, heads=8, fp4=fp4)
     problem.lists = shared_lists(rows, width, length // 8, 0.9)
     with recording(trace=True) as launches:

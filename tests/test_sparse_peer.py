@@ -52,7 +52,7 @@ def test_pairs_of_rows() -> None:
 def test_what_a_prefill_brings_from_l2() -> None:
     """Neighbours with 90% of their blocks in common: bytes of distinct sectors that each block of the grid reads, for a
     row and key that it sees. Theirs merges two rows' lists, which saves 45%; ours takes 16 rows side by side."""
-    rows, width, length = 192, 68, 4000
+    rows, width, length = 384, 68, 4000
     problem = Sparse([length] * rows, width=width, shared=True, padding=-64 * 68 % 512)
     problem.lists = shared_lists(rows, width, length // 8, 0.9)
     _, theirs = their_sparse(problem, [0] * rows, sms=rows, trace=True)  # a pair of rows for each block
