@@ -55,7 +55,7 @@ def test_what_a_prefill_brings_from_l2() -> None:
     rows, width, length = 384, 68, 4000
     problem = Sparse([length] * rows, width=width, shared=True, padding=-64 * 68 % 512)
     problem.lists = shared_lists(rows, width, length // 8, 0.9)
-    _, theirs = their_sparse(problem, [0] * rows, sms=rows, trace=True)  # a pair of rows for each block
+    _, theirs = their_sparse(problem, [0] * rows, sms=rows // 2, trace=True)  # a pair of rows for each block
     with recording(trace=True) as launches:
         check(problem.logits(problem.metadata()), problem.expected())
     ours = launches[-1]
