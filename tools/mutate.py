@@ -666,7 +666,7 @@ MUTATIONS = {
 EXPLAINED = {
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
-    "if (set * kTokens + i > n) share.windows[i].end = «0 → share.windows[i].end»;": "the last token is stored twice, alike",
+    "if (set * kTokens + i > n) share.windows[i].end = «0 → share.windows[i].end»;": "the last token is stored twice",
     "if (tiles * (kTile / 8) «<= → <» p.few.quarters) {": "with as many blocks of eight as quarters both ways do",
     "if (item * 8 «< → <=» work.end) Group::score_eight": "eight keys behind the last one are scored, and not stored",
     "if («total == 0 → false» || part.idle(p)) return;": "no warp finds a run, and leaves a little later",
@@ -676,7 +676,7 @@ EXPLAINED = {
     "some[i] = j < lengths && p.windows.length(j) «> → >=» 0;": "rows without keys are looked at in turn",
     "next = next_row(p, first_row« + rows → », limit, lane)": "rows known to have no keys are looked at again",
     "empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1);": "a tile of keys that nobody sees is scored",
-    "else if («kTokens == 1 || sinks[i].count → true») {": "the last token is stored twice, alike",
+    "else if («kTokens == 1 || sinks[i].count → true») {": "the last token is stored twice",
     "key = lane.g < «2 → 8» ? 8 * unit": "four lanes have the same score, and all store it",
     "if (missing «< → <=» active) return cut;": "cuts a group a tile earlier, alike for both slots that meet there",
     "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
