@@ -551,7 +551,9 @@ MUTATIONS = {
         "stat.S_IWOTH if trusted else stat.S_IWGRP« | stat.S_IWOTH → »)",
         "stat.S_IWOTH if trusted else «stat.S_IWGRP | → » stat.S_IWOTH)",
         "mode & («stat.S_IWOTH → 0» if trusted",
-        "return int(name) if name.isdecimal() else «grp.getgrnam(name).gr_gid → None»",
+        "number = int(name) if name.isdecimal() else «grp.getgrnam(name).gr_gid → 0»",
+        "except (KeyError«, ValueError → »):",
+        "if not 0 <= number < 2**«32 - 1 → 64»:",
     ],
     "sm120/jit/compiler.py": [
         "key = cache.key(identity(kernel, arch, target)«, nvrtc_version() → »)",
