@@ -65,9 +65,9 @@ def topk(
 
     Returns int32 [rows, k]; past the length of a row it is -1. Graph-safe; nothing is synchronised.
     """
-    if not isinstance(logits, torch.Tensor) or not (logits.is_cpu or logits.is_cuda):
+    if not isinstance(logits, torch.Tensor):
         refuse("logits", logits, "a tensor on the CPU or a CUDA device")
-    device = logits.device
+    device = checks.on_a_device("logits", logits)
     checks.tensor("logits", logits, _REAL, (_ROWS, _COLUMNS), device)
     rows, columns = logits.shape
     if columns > 1 and logits.stride()[1] != 1:
@@ -126,9 +126,9 @@ def candidate_blocks(
     Returns int32 [rows, width]: ascending, 2^31 - 1 past the end, as the sparse logits functions take them. A row of at
     most `width` blocks has all of them. Graph-safe; nothing is synchronised.
     """
-    if not isinstance(block_max, torch.Tensor) or not (block_max.is_cpu or block_max.is_cuda):
+    if not isinstance(block_max, torch.Tensor):
         refuse("block_max", block_max, "a tensor on the CPU or a CUDA device")
-    device = block_max.device
+    device = checks.on_a_device("block_max", block_max)
     checks.tensor("block_max", block_max, (torch.float32,), (_ROWS, _COLUMNS), device)
     rows, columns = block_max.shape
     if columns > 1 and block_max.stride()[1] != 1:
