@@ -67,6 +67,8 @@ SMALL = "test_sanitizers.py::test_small_problems"
 SHAPES = ["test_shapes.py::test_paged", "test_shapes.py::test_ragged"]
 TOPK = [
     "test_topk_garbage.py::test_blocks_behind_the_last_key",
+    "test_topk_garbage.py::test_candidates_of_a_run",
+    "test_topk.py::test_candidate_blocks_of_a_run",
     "test_topk_garbage.py::test_a_table_that_is_too_narrow",
     "test_topk.py::test_any_k_beside_any_length",
     "test_topk.py::test_any_alignment",
@@ -76,8 +78,6 @@ TOPK = [
     "test_topk.py::test_any_values_in_parts_of_several_pieces",
     "test_topk.py::test_a_length_past_the_columns_ends_there",
     "test_topk.py::test_candidate_blocks",
-    "test_topk.py::test_candidate_blocks_of_a_run",
-    "test_topk_garbage.py::test_candidates_of_a_run",
     "test_topk.py::test_any_values_in_bf16",
     "test_topk_garbage.py::test_topk",
     "test_topk.py::test_paged_logits_and_choice",
