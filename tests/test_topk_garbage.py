@@ -15,6 +15,7 @@ from test_garbage import SIZES, SLOTS, ends, paged_problem, spoil
 import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
+from deep_gemm.sm120.emulator import recording
 
 NOTHING = -77777
 KS = st.sampled_from([1, 8, 512])
@@ -179,7 +180,7 @@ def test_candidates_of_a_run(device: str, data: st.DataObject) -> None:
     out, pages = (torch.full((rows, width + 3), NOTHING, dtype=torch.int32, device=device)[:, :width] for _ in range(2))
     settings._num_sms = draw(SMS)
     try:
-        with ends():
+        with ends(), recording(sanitize=draw(st.booleans())):
             sm120.candidate_blocks(
                 maxima, lengths, width, block=block, starts=starts, compressed=compressed,
                 block_table=table, page=4 * block, out=out, pages=pages,

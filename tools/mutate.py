@@ -479,8 +479,8 @@ MUTATIONS = {
         "take<kApartOfEight>(«lane.g < 2 → lane.g < 1» ?",
     ],
     "sm120/kernels/topk.cuh": [
-        "length = length > 0 ? (end + unit« - 1 → ») / unit - base : 0;",
-        "length = «length > 0 → true» ? (end + unit - 1)",
+        "length = end > uint32(first) ? (end + unit« - 1 → ») / unit - base : 0;",
+        "length = «end > uint32(first) → true» ? (end + unit - 1)",
         "/ unit« - base → » : 0;",
         "end = first + «min(length, 0x7fffffff - first) → length»;",
         "first = «p.compressed ? 0 : base → base»;",

@@ -138,7 +138,7 @@ struct Row {
         if (kUnits && p.unit > 0) {                                      // those blocks in which the row has keys
             const uint32 unit = p.unit, end = first + min(length, 0x7fffffff - first);
             base = first / unit;
-            length = length > 0 ? (end + unit - 1) / unit - base : 0;
+            length = end > uint32(first) ? (end + unit - 1) / unit - base : 0;
             first = p.compressed ? 0 : base;
         }
         length = min(length, p.columns - first);
