@@ -175,6 +175,9 @@ def test_candidate_blocks_of_a_run(device: str, name, place, value, words: str, 
     given["pages"] = torch.empty(4, 30, dtype=torch.int32, device=device)
     maxima = torch.randn(4, 100, device=device)
 
+    full = 800 - (given["starts"] % 8 if compressed else given["starts"])  # up to the last column
+    sm120.candidate_blocks(maxima, full, 30, starts=given["starts"], compressed=compressed)
+
     def call():
         return sm120.candidate_blocks(maxima, width=30, page=8, compressed=compressed, **given)
 
