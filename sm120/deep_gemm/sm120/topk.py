@@ -119,10 +119,11 @@ def candidate_blocks(
     width         of the lists, 1 to 2,048
     block         keys of a block
     starts        int32 [rows]: rows within one run of keys; row i has keys starts[i] .. starts[i] + context_lens[i].
-                  Without it rows begin at key 0. Blocks are those of the run: block b is keys b * block to
-                  b * block + block - 1, and the row has the keys it sees of its first one and its last one
-    compressed    with starts: column 0 is the block with the row's first key, as beside compressed logits
-                  (max_seqlen_k); else column b is block b. Blocks past the last column are no candidates
+                  Without it rows begin at key 0. Blocks are those of the run, block b its keys b * block to
+                  b * block + block - 1, whether the row sees all of them or, at its ends, only some
+    compressed    with starts: column 0 is the block with the row's first key, as beside compressed logits; else
+                  column b is block b. Blocks past the last column are no candidates: where rows do not begin at
+                  multiples of `block`, max_seqlen_k has to be up to block - 1 more than the longest row
     block_table   int32 [rows, columns], stride 1 in the last dimension, and
     page          keys of a page, a multiple of `block`: only for `pages`. Pages past the columns are taken for the last
     out           int32 [rows, width] of any row stride, written and returned
