@@ -135,9 +135,9 @@ def candidate_blocks(
     most `width` blocks has all of them. Graph-safe; nothing is synchronised.
 
     With starts the sparse functions of a run take the lists with `use_unaligned_ks=False`, and as
-    `cu_seq_len_k_start` the row's first block's first key, starts - starts % block, so that they count all of its
-    blocks. In a list's first and last block may be keys that the row does not see: `topk` of those logits leaves them
-    out by its `starts` and `lengths`.
+    `cu_seq_len_k_start` the row's first block's first key, starts - starts % block (as its end, too, if the row has no
+    keys), so that they count all of its blocks. In a list's first and last block may be keys that the row does not see:
+    `topk` of those logits leaves them out by its `starts` and `lengths`.
     """
     if not isinstance(block_max, torch.Tensor):
         refuse("block_max", block_max, "a tensor on the CPU or a CUDA device")
