@@ -215,7 +215,7 @@ def test_metadata_elsewhere() -> None:
     """Another device than those that kernels run on."""
     for lens in (torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)):
         with pytest.raises(
-            ArgumentError, match="context_lens: expected a tensor on the CPU or a CUDA device, got .* meta"
+            ArgumentError, match="context_lens: expected a strided tensor on the CPU or a CUDA device, got .* meta"
         ):
             deep_gemm.get_paged_mqa_logits_metadata(lens.to("meta"), 64, 188)
 

@@ -1,5 +1,6 @@
 """Whose code is run: the folder of compiled kernels and the folder of dumps, where others can write as well."""
 
+import errno
 import os
 import secrets
 import socket
@@ -260,6 +261,27 @@ def test_the_folder_for_those_without_a_home(tmp_path: Path, monkeypatch: pytest
         cache._said.clear()
 
 
+def test_no_home_and_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is read only: nothing is kept, which is said."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    for name in ("DG_JIT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache.tempfile, "gettempdir", nowhere)
+    assert cache.folder() == Path("/tmp") / f"deep_gemm_sm120-{os.geteuid()}"
+
+    def read_only(path: Path, **_) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(cache.Path, "mkdir", read_only)
+    with pytest.warns(RuntimeWarning, match="is not kept in the cache: /tmp/deep_gemm_.*: Read-only file") as caught:
+        cache.put(cache.key("it"), b"binary")
+        cache.put(cache.key("it"), b"binary")
+    assert len(caught) == 1
+
+
 # ---- a group that is trusted ----------------------------------------------------------------------------------------
 
 
@@ -302,10 +324,15 @@ def test_a_group_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cache.get(name) == content
 
 
-def test_a_group_that_there_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, _, _ = stored(folder)
-    monkeypatch.setenv("DG_JIT_CACHE_GROUP", "no such group")
-    missed(name, "there is no group no such group (DG_JIT_CACHE_GROUP)")
+@pytest.mark.parametrize("group", ["no such group", "-1", str(2**32 - 1), str(2**70), "9" * 5000])
+def test_a_group_that_there_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch, group: str) -> None:
+    name, content, _ = stored(folder)
+    monkeypatch.setenv("DG_JIT_CACHE_GROUP", group)
+    missed(name, f"there is no group {group[:50]} (DG_JIT_CACHE_GROUP)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.put(cache.key("another"), content)  # nor is anything kept
+    assert len(entries(folder)) == 1
 
 
 # ---- two users ------------------------------------------------------------------------------------------------------

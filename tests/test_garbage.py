@@ -109,8 +109,9 @@ def test_paged_lengths_and_tables(device: str, data: st.DataObject) -> None:
     indices = torch.zeros(len(problem.lengths), dtype=torch.int32, device=device) if problem.next_n == 1 else None
     if indices is not None:
         spoil(data.draw, indices, [0])
-    use_old = data.draw(st.booleans())
-    with ends():
+    use_old, together = data.draw(st.booleans()), data.draw(st.booleans())
+    with ends(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logits, "_MOST_REQUESTS", 1 if together else 1024)  # whether rows look whether they share keys
         new = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, page, slots)
         arguments = problem.arguments(old if use_old else new)
         deep_gemm.fp8_fp4_paged_mqa_logits(*arguments, clean, indices=indices, out=out)
@@ -151,12 +152,15 @@ def test_lengths_at_the_ends_of_int32(device: str, next_n: int, flat: bool, slot
     check(out.cpu(), meant(problem).cpu(), TOLERANCE)
 
 
+@pytest.mark.parametrize("together", [False, True])  # as many rows as no decode step has; a few stand for them here
 @pytest.mark.parametrize("slots", [3, 60])
 @pytest.mark.parametrize("block_kv, longest", [(16, 5), (16, 40), (48, 50), (64, 70)])
-def test_a_table_that_just_fits(device: str, block_kv: int, longest: int, slots: int) -> None:
+def test_a_table_that_just_fits(
+    device: str, block_kv: int, longest: int, slots: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where rows of one request compare their pages, and a tile goes on behind the last of them."""
-    lengths = [longest] * 30
-    problem = Paged(lengths, heads=8, dim=32, block_kv=block_kv, device=device)
+    monkeypatch.setattr(logits, "_MOST_REQUESTS", 1 if together else 1024)
+    problem = Paged([longest] * 30, heads=8, dim=32, block_kv=block_kv, device=device)
     columns = -(-longest // block_kv)
     problem.block_table = problem.block_table[-1:, :columns].repeat(30, 1)
     out = poisoned(30, longest, device=device)

@@ -14,6 +14,7 @@ from deep_gemm.sm120 import ArgumentError
 from deep_gemm.sm120.jit import runtime
 
 INT32 = torch.int32
+CSR = (torch.int32, torch.float32, torch.bfloat16)  # what a sparse tensor may hold
 OUTPUTS = ("out", "positions", "scores", "pages", "workspace", "block_max")
 ALIGNMENT = {"schedule_meta": 8, "metadata": 16, "workspace": 16}  # bytes; else those of an element, or 4
 # Under what other names an argument may stand in an error.
@@ -69,6 +70,7 @@ def functions() -> dict[str, tuple[Callable, dict[str, Any]]]:
                 "block_max": torch.randn(2, 9000), "context_lens": int32 + 72000, "width": 5, "block": 8, "page": 64,
                 "block_table": torch.zeros(2, 9, dtype=INT32), "out": torch.zeros(2, 5, dtype=INT32),
                 "pages": torch.zeros(2, 5, dtype=INT32), "workspace": torch.zeros(2**20, dtype=torch.uint8),
+                "starts": int32.clone(), "compressed": False,
             },
         ),
     }  # fmt: skip
@@ -149,6 +151,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
+def freed(value: torch.Tensor) -> torch.Tensor:
+    """As whoever saves memory between steps leaves a tensor: shape and strides, but no storage."""
+    gone = value.clone()
+    gone.untyped_storage().resize_(0)
+    return gone
+
+
 def wrong(value: Any) -> Iterator[tuple[str, Any]]:
     """What no argument that takes `value` takes, and what it is."""
     yield from [("a string", "x"), ("numbers", [1, 2]), ("nothing", ()), ("three", (1, 2, 3)), ("a fraction", 1.5)]
@@ -166,6 +175,8 @@ def wrong(value: Any) -> Iterator[tuple[str, Any]]:
             ("of bools", torch.zeros(value.shape, dtype=torch.bool)),
             ("without a dimension", torch.zeros((), dtype=value.dtype)),
             ("sparse", torch.eye(3).to_sparse()),
+            ("of packed rows", value.to_sparse_csr() if value.dim() == 2 and value.dtype in CSR else 3),
+            ("whose memory is gone", freed(value)),
             ("of five dimensions", value.view(*[1] * (5 - value.dim()), *value.shape)),
             ("with holes", wide[..., 0]),
         ]
@@ -198,11 +209,13 @@ def test_what_is_right_is_taken(name: str, launches: list[str]) -> None:
 
 
 @each
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_arguments_of_other_kinds(name: str, launches: list[str]) -> None:
     call, arguments = FUNCTIONS[name]
     for argument, value in arguments.items():
         for what, bad in wrong(value):
-            if argument == "indices" and what == "with holes" or argument == "context_lens" and "five" in what:
+            unread = "with holes", "whose memory is gone"
+            if argument == "indices" and what in unread or argument == "context_lens" and "five" in what:
                 continue  # indices are not read; lengths of sparse logits and of candidates may have any shape
             if argument in ("clean_logits", "max_seqlen_k") and what in ("numbers", "None"):
                 continue

@@ -68,10 +68,8 @@ def mx_query(q: Any, dimensions: int) -> Query:
     if not isinstance(q, (tuple, list)) or len(q) != 2 or not all(isinstance(part, torch.Tensor) for part in q):
         refuse("q", q, "(values, scales)")
     values, scales = q
-    if not (values.is_cpu or values.is_cuda):
-        refuse("q", values, "tensors on the CPU or a CUDA device")
-    fp4 = values.dtype in PACKED_E2M1
-    device, shape = values.device, _QUERY[dimensions, fp4]
+    device, fp4 = checks.on_a_device("q", values), values.dtype in PACKED_E2M1
+    shape = _QUERY[dimensions, fp4]
     if dimensions == 4:
         shape = (_ROWS, 1, *shape[2:])
     checks.contiguous("q", checks.tensor("q", values, (*PACKED_E2M1, *E4M3), shape, device))

@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 
 import torch
 
+STRIDED = torch.strided
+
 
 class ArgumentError(RuntimeError):
     """An argument that is refused: its name, what came, and what was expected."""
@@ -29,8 +31,11 @@ def tensor(
 ) -> torch.Tensor:
     """`value`, if it is a tensor of one of `dtypes` on `device` and of `shape`, whose sizes are ints or `Open`. `other`
     is the argument that the sizes come from: either may be the wrong one, so an error names both."""
-    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.device == device and value.shape == shape:
-        return value
+    try:
+        if value.layout is STRIDED and value.dtype in dtypes and value.device == device and value.shape == shape:
+            return value
+    except AttributeError:
+        pass  # no tensor: to ask first would take longer
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     refuse(
         argument,
@@ -48,8 +53,8 @@ def contiguous(argument: str, value: torch.Tensor) -> torch.Tensor:
 
 def on_a_device(argument: str, value: torch.Tensor) -> torch.device:
     """Where `value` lies, if kernels can reach it there."""
-    if not (value.is_cpu or value.is_cuda):
-        refuse(argument, value, "a tensor on the CPU or a CUDA device")
+    if value.layout is not STRIDED or not (value.is_cpu or value.is_cuda):
+        refuse(argument, value, "a strided tensor on the CPU or a CUDA device")
     return value.device
 
 
@@ -69,14 +74,14 @@ def boolean(argument: str, value: Any) -> bool:
 
 def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
     """Refuses tensors that begin where no element of theirs can (where no word of four bytes can, if it has one byte:
-    kernels read words), and outputs that share memory with an input or another output. Only suspects are looked at
-    closely.
+    kernels read words), those whose storage has been taken away, and outputs that share memory with an input or another
+    output. Only suspects are looked at closely.
     """
     together, before = 0, []
     for output in outputs.values():
         start = output.data_ptr()
         end = start + output.untyped_storage().nbytes()
-        together |= start
+        together |= start or 1
         for other, other_end in before:
             if other < end and start < other_end:
                 _apart(inputs, outputs)
@@ -84,13 +89,17 @@ def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torc
         for value in inputs.values():
             if value is not None:
                 address = value.data_ptr()
-                together |= address
+                together |= address or 1
                 if address < end and start < address + value.untyped_storage().nbytes():
                     _apart(inputs, outputs)
     if together & 3:
         written = [(_ARGUMENT.get(name, name), value) for name, value in outputs.items()]
         for name, value in (*inputs.items(), *written):
-            if value is not None and value.data_ptr() % (needed := _ALIGNMENT.get(value.itemsize, 4)):
+            if value is None or not value.numel():
+                continue
+            if not (address := value.data_ptr()):
+                refuse(name, value, "memory behind its elements, and its storage is empty")
+            if address % (needed := _ALIGNMENT.get(value.itemsize, 4)):
                 refuse(name, value, f"a tensor that begins at a multiple of {needed} bytes")
 
 
@@ -133,7 +142,9 @@ def _extent(value: torch.Tensor) -> tuple[int, int, int, int]:
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"a {dtype} tensor {list(value.shape)} with strides {list(value.stride())} on {value.device}"
+        strided, layout = value.layout is STRIDED, str(value.layout).removeprefix("torch.")
+        how = f"strides {list(value.stride())}" if strided else f"layout {layout}"
+        return f"a {dtype} tensor {list(value.shape)} with {how} on {value.device}"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(_describe, value[:4]))}{', ...' if len(value) > 4 else ''})"
     return f"{value!r} ({type(value).__name__})" if value is not None else "None"

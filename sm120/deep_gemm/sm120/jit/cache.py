@@ -50,7 +50,11 @@ def folder() -> Path:
         return Path(base) / "deep_gemm_sm120"
     if home := os.environ.get("HOME"):
         return Path(home) / ".cache" / "deep_gemm_sm120"
-    return Path(tempfile.gettempdir()) / f"deep_gemm_sm120-{os.geteuid()}"
+    try:
+        base = tempfile.gettempdir()
+    except FileNotFoundError:  # no folder at all can be written
+        base = "/tmp"
+    return Path(base) / f"deep_gemm_sm120-{os.geteuid()}"
 
 
 def get(name: str) -> bytes | None:
@@ -161,6 +165,9 @@ def _trusted_group() -> int | None:
     if not (name := os.environ.get("DG_JIT_CACHE_GROUP")):
         return None
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise PermissionError(errno.EINVAL, f"there is no group {name} (DG_JIT_CACHE_GROUP)") from None
+        number = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError):  # the latter of thousands of digits
+        number = -1
+    if not 0 <= number < 2**32 - 1:
+        raise PermissionError(errno.EINVAL, f"there is no group {name[:50]} (DG_JIT_CACHE_GROUP)")
+    return number
