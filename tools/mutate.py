@@ -57,6 +57,7 @@ RAGGED = [
     "test_ragged.py::test_a_window_that_ends_before_it_begins_is_empty",
     "test_ragged.py::test_nan_outside_the_window",
     "test_ragged.py::test_one_row_of_many_keys",
+    "test_ragged.py::test_blocks_that_take_pieces_of_several_groups",
 ]
 CLEAN = ["test_paged.py::test_clean_logits", "test_ragged.py::test_compressed", "test_ragged.py::test_full"]
 ARCHITECTURES = [
@@ -133,6 +134,7 @@ TESTS = {
         "test_rows.py::test_one_row_of_small_lengths",
         "test_block_max.py::test_ragged",
         "test_paged.py::test_page_sizes",
+        "test_ragged.py::test_one_row_of_many_keys",
     ],
     "sm120/kernels/group.cuh": [*SHAPES, "test_paged.py::TestSchedules", SMALL, "test_sharing.py"],
     "sm120/kernels/rows.cuh": [
@@ -696,6 +698,7 @@ EXPLAINED = {
     "distance * kPerLane «< → <=» p.windows.rows; distance *= 2": "only lanes without rows add more",
     "some[i] = j < lengths && p.windows.length(j) «> → >=» 0;": "rows without keys are looked at in turn",
     "next = next_row(p, first_row« + rows → », limit, lane)": "rows known to have no keys are looked at again",
+    "(«min(key + more, last_key - tile * kTile) → (key + more)» * kBytes + (offset + begin));": "the page is there",
     "empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1);": "a tile of keys that nobody sees is scored",
     "else if («kTokens == 1 || sinks[i].count → true») {": "the last token is stored twice",
     "key = lane.g < «2 → 8» ? 8 * unit": "four lanes have the same score, and all store it",
