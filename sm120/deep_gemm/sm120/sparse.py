@@ -201,10 +201,7 @@ def _sparse(
         return out
 
     if debug.ON:
-        debug.sparse_metadata(
-            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned),
-            block=block, places=places,
-        )  # fmt: skip
+        debug.sparse_metadata(metadata, None, **sparse.sizes(rows, width, block, page, unaligned), places=places)
     slots = sms_to_use(device)
     eights = logits.eights(rows, width * block, slots)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))

@@ -374,8 +374,12 @@ def fp8_fp4_paged_sparse_mqa_topk(
         return out
     if debug.ON:
         lens = context_lens.view(-1)
+        debug.lengths(context_lens)
         debug.lists(lists, torch.zeros_like(lens), lens, block=block)
-        debug.ascending(lists, context_lens.view(-1), block=block)
+        debug.ascending(lists, lens, block=block)
+        if places := kv_cache.shape[0] * (page // block):
+            sizes = sparse.sizes(rows, width, block, page, False)
+            debug.sparse_metadata(metadata, context_lens, **sizes, places=places)
 
     logits, columns, rest = plan.parts_of(workspace)
     fp8_fp4_paged_sparse_mqa_logits(q, kv_cache, weights, metadata, width, block, out=logits)
