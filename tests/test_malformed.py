@@ -14,7 +14,6 @@ from deep_gemm.sm120 import ArgumentError
 from deep_gemm.sm120.jit import runtime
 
 INT32 = torch.int32
-CSR = (torch.int32, torch.float32, torch.bfloat16)  # what a sparse tensor may hold
 OUTPUTS = ("out", "positions", "scores", "pages", "workspace", "block_max")
 ALIGNMENT = {"schedule_meta": 8, "metadata": 16, "workspace": 16}  # bytes; else those of an element, or 4
 # Under what other names an argument may stand in an error.
@@ -150,6 +149,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
+def packed(value: torch.Tensor) -> torch.Tensor:
+    """Of the same shape, without strides."""
+    if value.dim() < 2 or value.dtype == torch.float8_e4m3fn:
+        return torch.ones(value.shape).to_sparse()
+    return torch.ones_like(value, memory_format=torch.contiguous_format).to_sparse_csr()
+
+
 def freed(value: torch.Tensor) -> torch.Tensor:
     """As whoever saves memory between steps leaves a tensor: shape and strides, but no storage."""
     gone = value.clone()
@@ -174,7 +180,7 @@ def wrong(value: Any) -> Iterator[tuple[str, Any]]:
             ("of bools", torch.zeros(value.shape, dtype=torch.bool)),
             ("without a dimension", torch.zeros((), dtype=value.dtype)),
             ("sparse", torch.eye(3).to_sparse()),
-            ("of packed rows", value.to_sparse_csr() if value.dim() == 2 and value.dtype in CSR else 3),
+            ("of packed rows", packed(value)),
             ("whose memory is gone", freed(value)),
             ("of five dimensions", value.view(*[1] * (5 - value.dim()), *value.shape)),
             ("with holes", wide[..., 0]),

@@ -283,9 +283,9 @@ def test_debug_mode_names_lengths_that_the_metadata_were_not_made_from(
 ) -> None:
     """Where lists are long enough for any length, nothing but the metadata tells what it was."""
     monkeypatch.setattr(debug, "ON", True)
-    problem = Sparse([40, 96], width=13, heads=8)
+    problem = Sparse([40, 96, 200], width=13, heads=8)
     problem.lists[:] = torch.arange(13)
-    metadata, out = problem.metadata(), poisoned(2, 5, torch.int32, "cpu")
+    metadata, out = problem.metadata(), poisoned(3, 5, torch.int32, "cpu")
     problem.context_lens[0] = 33  # of as many blocks
     sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5)
     problem.context_lens[1] = value
