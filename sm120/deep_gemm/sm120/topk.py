@@ -49,7 +49,8 @@ def topk(
 
     logits       fp32 or bf16 [rows, columns], stride 1 in the last dimension; rows may be any distance apart
     lengths      int32 [rows]: row i chooses among `lengths[i]` columns from `starts[i]` on, none of them past the last;
-                 what lies outside is never looked at. The cost follows the lengths, not the width
+                 what lies outside is never looked at. Less than 0 is 0, of starts too. The cost follows the lengths,
+                 not the width
     k            1 to 2,048
     starts       int32 [rows]; without it 0. Positions count from there
     block_table  int32 [rows, columns], stride 1 in the last dimension: position p becomes
@@ -113,7 +114,8 @@ def candidate_blocks(
 
     block_max     fp32 [rows, columns], stride 1 in the last dimension: the maximum of each block's logits, as
                   `block_max` of the logits functions has it: the newest block is +inf, so that it is a candidate
-    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row, in ceil(keys / block) blocks
+    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row, in ceil(keys / block) blocks, as far
+                  as there are columns; less than 0 is 0
     width         of the lists, 1 to 2,048
     block         keys of a block
     block_table   int32 [rows, columns], stride 1 in the last dimension, and
@@ -338,7 +340,8 @@ def fp8_fp4_paged_sparse_mqa_topk(
     q ... sparse_block_kv    as in `fp8_fp4_paged_sparse_mqa_logits`
     sparse_kv_block_indices  int32 [rows, num_max_sparse_blocks], any row stride: what the metadata were made from, each
                              list ascending, as `candidate_blocks` makes them
-    context_lens             int32, `rows` elements of any rank, contiguous: the length of each row
+    context_lens             int32, `rows` elements of any rank, contiguous: the length of each row. If it is not what
+                             the metadata were made from, positions are of the row's list all the same, but not the best
     k                        1 to 2,048
     translate                places in the cache instead of positions: block_table[row, p // page_kv] * page_kv
                              + p % page_kv for position p, out of the metadata
