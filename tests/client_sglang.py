@@ -50,6 +50,7 @@ from sglang.srt.runtime_context import override_platform  # noqa: E402
 import deep_gemm  # noqa: E402
 from deep_gemm import sm120  # noqa: E402
 from deep_gemm.sm120 import reference  # noqa: E402
+from deep_gemm.sm120.jit import runtime  # noqa: E402
 from deep_gemm_plugins import sglang as plugin  # noqa: E402
 
 load_plugins()  # after the imports above: names that they hold already have to be replaced as well
@@ -271,6 +272,9 @@ def test_the_gate_of_deep_gemm_s_dense_kernels_tells_the_truth() -> None:
 # The plugin: the same classes with SGLang's own top-k backend, whose kernels ours stand in for.
 
 
+ONE_CALL = "fp8_fp4_paged_sparse_mqa_topk"
+
+
 class Calls(list):
     """What was called of ours: the functions' names, each of which ran and returned."""
 
@@ -289,7 +293,7 @@ def sm120_device(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Tensors here lie on SM12x, as far as plugin and SGLang ask; what the plugin calls is written down."""
     calls = Calls()
 
-    for name in ("topk", "candidate_blocks", plugin.FUSED):
+    for name in ("topk", "candidate_blocks", plugin.FUSED, ONE_CALL):
         if hasattr(sm120, name):
             monkeypatch.setattr(sm120, name, calls.spied(getattr(sm120, name)))
     monkeypatch.setattr(plugin, "serves", lambda device: True)
@@ -575,6 +579,33 @@ def test_v3_2_prefill(rng: torch.Generator, monkeypatch, sm120_device: Calls, v3
 # DeepSeek-V4.1. What SGLang runs on a GPU alone is written out, or runs in Triton's interpreter; there are no streams.
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of our kernels that run, in order."""
+    emulate, names = runtime._emulate, []
+
+    def run(kernel, *arguments) -> None:
+        names.append(kernel.name)
+        emulate(kernel, *arguments)
+
+    monkeypatch.setattr(runtime, "_emulate", run)
+    return names
+
+
+def kinds(names: list[str]) -> list[str]:
+    """What kernels do, by their names."""
+    known = {
+        "sparse_mqa_logits_metadata": "places",
+        "sparse_topk_columns": "columns",
+        "sparse_mqa_logits": "sparse logits",
+        "maxima": "logits and maxima",
+        "mqa_logits": "logits",
+        "ascending": "lists",
+        "topk": "top-k",
+    }
+    return [next(kind for part, kind in known.items() if part in name) for name in names]
+
+
 def amax8_varlen(scores: torch.Tensor, seq_lens: torch.Tensor, topk: int = 0, *, out: torch.Tensor) -> torch.Tensor:
     for row, length in enumerate(seq_lens.tolist()):
         for block in range(-(-length // 8)):
@@ -610,8 +641,8 @@ def v41(monkeypatch: pytest.MonkeyPatch, sm120_device: Calls) -> Calls:
     monkeypatch.setattr(candidate_blocks, "is_arch_support_pdl", lambda: False)
     monkeypatch.setattr(candidate_blocks, "plan_topk_v2", mock.MagicMock())
     for module in (candidate_blocks, sparse_table):
-        monkeypatch.setattr(module, "amax8_varlen", amax8_varlen)
-    sorting = SimpleNamespace(transform=sort_blocks)
+        monkeypatch.setattr(module, "amax8_varlen", sm120_device.spied(amax8_varlen))
+    sorting = SimpleNamespace(transform=sm120_device.spied(sort_blocks))
     monkeypatch.setattr(candidate_table, "_jit_candidate_block_table_module", lambda: sorting)
     return sm120_device
 
@@ -715,6 +746,25 @@ def candidates(given: V41, row: int, blocks: list[int]) -> torch.Tensor:
     return torch.isin(torch.arange(length) // 8, torch.tensor(blocks, dtype=torch.int64))
 
 
+def check_with_torch(given: V41, row: int, blocks: torch.Tensor, positions: torch.Tensor) -> None:
+    """SGLang's own torch functions find blocks with the same maxima, and among them keys with the same scores."""
+    length, source, scores = int(given.lengths[row]), given.scores(0, row), given.scores(1, row)
+    if not length:
+        assert not len(positions)
+        return
+    theirs = candidate_blocks.select_candidate_block_ids(source[None], length, given.blocks, 8)
+    blocks = blocks[blocks < 2**31 - 1][None]
+    ids = [torch.isin(torch.arange(length) // 8, found.long()) for found in (blocks, theirs)]
+    largest = [
+        [source[mask & (torch.arange(length) // 8 == block)].max().item() for block in found[0].tolist()]
+        for mask, found in zip(ids, (blocks, theirs))
+    ]
+    assert sorted(largest[0]) == sorted(largest[1]) and (length - 1) // 8 in blocks and (length - 1) // 8 in theirs
+    lens = given.lengths[row : row + 1]
+    best_ = candidate_blocks.topk_among_blocks(scores[None], lens, blocks, given.top, 8)[0]
+    assert best(scores[best_[best_ >= 0]], given.top) == best(scores[positions.long()], given.top)
+
+
 V41_LENGTHS = [600, 0, 37, 8, 128, 129, 513]
 
 
@@ -722,7 +772,7 @@ V41_LENGTHS = [600, 0, 37, 8, 128, 129, 513]
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("verify", [False, True], ids=["decode", "verify"])
 def test_v4_1_decode(
-    rng: torch.Generator, monkeypatch, kept, v41: Calls, verify: bool, chunk: int | None, lists: bool
+    rng: torch.Generator, monkeypatch, kept, v41: Calls, kernels, verify: bool, chunk: int | None, lists: bool
 ) -> None:
     """Without `lists` our function for them raises an error."""
     if not lists:
@@ -739,7 +789,8 @@ def test_v4_1_decode(
         use_topk_v2=False,
         compress_ratio=1,
     )
-    outs = []
+    outs, launched = [], []
+    kernels.clear()
     for layer, (query, scales, weights) in enumerate(given.layers):
         data = scoring.DeepGEMMDecodeData(
             query[:, None], scales[:, None], weights, given.cache.view(-1, PAGE, 1, DIM // 2 + 4)
@@ -751,11 +802,53 @@ def test_v4_1_decode(
             published = given.decode.publish_decode(inputs)
         else:
             given.decode.consume_decode(inputs, published)
-    assert {"topk", *plugin.SPARSE} <= set(v41) and ("candidate_blocks" in v41) is lists
+        launched.append(kinds(kernels))
+        kernels.clear()
+    source, consumer = launched
+    chunks = -(-len(V41_LENGTHS) // (chunk or len(V41_LENGTHS)))
+    if lists:
+        assert source == ["logits and maxima", "top-k", "lists"] * chunks + ["places"]
+        assert not {"amax8_varlen", "sort_blocks"} & set(v41)
+    else:  # of the first chunk the maxima are there already
+        assert source[:3] == ["logits and maxima", "top-k", "top-k"] and "lists" not in source
+        assert v41.count("amax8_varlen") == chunks - 1 and v41.count("sort_blocks") == chunks
+    assert consumer == ["sparse logits", "columns", "top-k"] and v41[-1] == ONE_CALL
     for row, length in enumerate(V41_LENGTHS):
         blocks = [block for block in published.blocks[row].tolist() if block < 2**31 - 1]
         check_row(given, row, outs[0][row], 0, torch.ones(length, dtype=torch.bool))
         check_row(given, row, outs[1][row], 1, candidates(given, row, blocks))
+        slots = given.slots(row).tolist()
+        positions = [slots.index(slot) for slot in outs[1][row].tolist() if slot >= 0]
+        check_with_torch(given, row, published.blocks[row], torch.tensor(positions, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["consume_decode", "select_prefill_table", "publish_prefill_table"])
+def test_v4_1_one_by_one(rng: torch.Generator, monkeypatch, kept, v41: Calls, kernels, caplog, name: str) -> None:
+    """After an error of ours SGLang's own functions do the same, and what they call is ours."""
+    broken = "candidate_blocks" if name == "publish_prefill_table" else ONE_CALL
+    monkeypatch.setattr(sm120, broken, mock.MagicMock(side_effect=RuntimeError("no memory")))
+    given = V41Prefill(monkeypatch, rng)
+    source = given.inputs(0)
+    published = given.prefill.publish_prefill(source)
+    consumer = given.inputs(1)
+    kernels.clear()
+    if name == "consume_decode":
+        query, scales, weights = given.layers[1]
+        data = scoring.DeepGEMMDecodeData(
+            query[:, None], scales[:, None], weights, given.cache.view(-1, PAGE, 1, DIM // 2 + 4)
+        )
+        monkeypatch.setattr(sparse_table, "get_deep_gemm_decode_data", lambda *_: data)
+        plan = SimpleNamespace(compressed_seq_lens=given.lengths)
+        given.decode.consume_decode(given.decode_inputs(plan, consumer.out_page_indices, False), published)
+        for row in range(len(given.seen)):
+            blocks = [block for block in published.blocks[row].tolist() if block < 2**31 - 1]
+            check_row(given, row, consumer.out_page_indices[row], 1, candidates(given, row, blocks))
+    else:
+        given.prefill.consume_prefill(consumer, published)
+        given.check_all(source, consumer, published)
+    one = ["sparse logits", "columns", "top-k"] if name == "publish_prefill_table" else ["sparse logits", "top-k"]
+    assert kinds(kernels) == one
+    assert f"{name}: not on deep_gemm's SM120 kernels: RuntimeError: no memory" in caplog.text
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -788,11 +881,13 @@ def test_v4_1_s_other_layers(rng: torch.Generator, monkeypatch, v41: Calls, ways
 
 
 class V41Prefill(V41):
-    """Two requests, whose newest tokens select among the tokens before them."""
+    """Two requests, whose newest tokens select among the tokens before them. The second one's keys come behind those of
+    the first one."""
 
-    ends, rows = [400, 90], [3, 2]
+    rows = [3, 2]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator, first: int = 400) -> None:
+        self.ends = [first, 90]
         self.seen = [end - count + 1 + row for end, count in zip(self.ends, self.rows) for row in range(count)]
         super().__init__(self.seen, rng)
         self.table = self.table[torch.tensor([0, 0, 0, 1, 1])]  # of the index's pages, not of SGLang's of 256 tokens
@@ -804,7 +899,7 @@ class V41Prefill(V41):
         query, scales, weights = self.layers[layer]
         data = scoring.DeepGEMMPrefillData(
             k_slots=self.k_slots,
-            request_starts=torch.tensor([0, 0, 0, 400, 400], dtype=torch.int32),
+            request_starts=torch.tensor([0, 0, 0, self.ends[0], self.ends[0]], dtype=torch.int32),
             lens_per_request=self.ends,
             rows_per_request=self.rows,
             compress_lens=self.lengths,
@@ -840,19 +935,34 @@ class V41Prefill(V41):
         assert self.slots(row)[positions].tolist() == pages[pages >= 0].tolist()
         allowed = candidates(self, row, [block for block in blocks.tolist() if block < 2**31 - 1])
         check_row(self, row, pages, layer, allowed if layer else torch.ones_like(allowed))
+        if layer:
+            check_with_torch(self, row, blocks, positions)
+
+    def check_all(self, source, consumer, published) -> None:
+        for row in range(len(self.seen)):
+            for layer, inputs in enumerate((source, consumer)):
+                self.check(layer, row, inputs.out_raw_indices[row], inputs.out_page_indices[row], published.blocks[row])
 
 
+@pytest.mark.parametrize("first", [400, 397])
 @pytest.mark.parametrize("budget", [1 << 30, 1 << 13], ids=["whole", "tiles"])
-def test_v4_1_prefill(rng: torch.Generator, monkeypatch, v41: Calls, budget: int) -> None:
+def test_v4_1_prefill(rng: torch.Generator, monkeypatch, v41: Calls, kernels, budget: int, first: int) -> None:
+    """The blocks of the second request are those of the run of all keys if it begins at a multiple of 8."""
     monkeypatch.setattr(scoring, "_DEEP_GEMM_SCORE_BUDGET_BYTES", budget)
-    given = V41Prefill(monkeypatch, rng)
+    given = V41Prefill(monkeypatch, rng, first)
     source = given.inputs(0)
+    v41.clear()
     published = given.prefill.publish_prefill(source)
+    tiles = v41.count("topk")
+    assert (tiles > 1) is (budget == 1 << 13)
+    logits = "logits" if first % 8 else "logits and maxima"
+    assert kinds(kernels) == [logits, "top-k", "lists"] * tiles + ["places"]
+    assert v41.count("amax8_varlen") == (tiles if first % 8 else 0) and "sort_blocks" not in v41
+    kernels.clear()
     consumer = given.inputs(1)
     given.prefill.consume_prefill(consumer, published)
-    for row in range(len(given.seen)):
-        for layer, inputs in enumerate((source, consumer)):
-            given.check(layer, row, inputs.out_raw_indices[row], inputs.out_page_indices[row], published.blocks[row])
+    assert kinds(kernels) == ["sparse logits", "columns", "top-k"] and v41[-1] == ONE_CALL
+    given.check_all(source, consumer, published)
 
 
 def test_v4_1_prefill_in_a_graph(rng: torch.Generator, monkeypatch, v41: Calls) -> None:

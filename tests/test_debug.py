@@ -165,6 +165,42 @@ def test_candidate_blocks(device: str, place: tuple[int, int] | None, value: int
     refused(lambda: sm120.candidate_blocks(maxima, lengths, 30, **given), f"candidate_blocks: {words}")
 
 
+@pytest.mark.parametrize(
+    "name, place, value, words",
+    [
+        ("starts", 1, -1, "starts[1], row 1, is -1; expected 0 to {most} ("),
+        ("starts", 1, 801, "starts[1], row 1, is 801; expected 0 to 800, for which there are columns ("),
+        ("context_lens", 0, 797, "context_lens[0], row 0, is 797; expected 0 to 800, for which there are columns be"),
+        ("context_lens", 0, -1, "context_lens[0], row 0, is -1; expected 0 to 800, for which"),
+        ("context_lens", 2, 97, "context_lens[2], row 2, is 97; expected 0 to 104 keys with those before its start, w"),
+        ("block_table", (1, 11), -3, "block_table[1, 11], row 1, is -3; expected a page from 0 to"),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True], ids=["", "compressed"])
+def test_candidate_blocks_of_a_run(device: str, name, place, value, words: str, compressed: bool) -> None:
+    """Pages of 8 keys: row 1 has keys on the last two of the table. Those that a row does not reach may be anything."""
+    rows = {"starts": [4, 95, 8, 50], "context_lens": [92, 9, 96, 0]}
+    given = {key: torch.tensor(numbers, dtype=torch.int32, device=device) for key, numbers in rows.items()}
+    given["block_table"] = torch.zeros(4, 13, dtype=torch.int32, device=device)
+    for unseen in ((0, 12), (1, slice(11)), (2, 0), 3):
+        given["block_table"][unseen] = -7
+    given["pages"] = torch.empty(4, 30, dtype=torch.int32, device=device)
+    maxima = torch.randn(4, 100, device=device)
+
+    full = 800 - (given["starts"] % 8 if compressed else given["starts"])  # up to the last column
+    sm120.candidate_blocks(maxima, full, 30, starts=given["starts"], compressed=compressed)
+
+    def call():
+        return sm120.candidate_blocks(maxima, width=30, page=8, compressed=compressed, **given)
+
+    call()
+    given[name][place] = value
+    if compressed and value == 801:  # there a row may begin anywhere, if the table has it
+        words = "context_lens[1], row 1, is 9; expected 0 to 104 keys with those before its start, which the 13 columns"
+    most = "2147483647, an int32" if compressed else "800, for which there are columns"
+    refused(call, f"candidate_blocks: {words.format(most=most)}")
+
+
 def test_logits_and_choice_of_pages(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is launched, though rows are scored some at a time, and by their own numbers."""
     monkeypatch.setattr(settings, "_num_sms", 4)

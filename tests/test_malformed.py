@@ -69,6 +69,7 @@ def functions() -> dict[str, tuple[Callable, dict[str, Any]]]:
                 "block_max": torch.randn(2, 9000), "context_lens": int32 + 72000, "width": 5, "block": 8, "page": 64,
                 "block_table": torch.zeros(2, 9, dtype=INT32), "out": torch.zeros(2, 5, dtype=INT32),
                 "pages": torch.zeros(2, 5, dtype=INT32), "workspace": torch.zeros(2**20, dtype=torch.uint8),
+                "starts": int32.clone(), "compressed": False,
             },
         ),
     }  # fmt: skip

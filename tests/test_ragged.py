@@ -88,6 +88,17 @@ def test_bounds_before_the_first_key_are_cut(columns: int, device: str) -> None:
     check(out.cpu(), problem.expected(columns).cpu())
 
 
+@pytest.mark.parametrize("columns", [0, 40])
+def test_a_window_that_ends_before_it_begins_is_empty(columns: int, device: str) -> None:
+    """Also where what lies between does not fit in 32 bits."""
+    least, most = -(2**31), 2**31 - 1
+    problem = Ragged([5, 60, most, 30, 3], [least, least, least, -1, 30], 64, heads=16, device=device)
+    out = poisoned(5, columns or 64, device=device)
+    deep_gemm.fp8_fp4_mqa_logits(*problem.arguments(), True, columns, out=out)
+    problem.ks[2], problem.ke[:4] = 0, 0
+    check(out.cpu(), problem.expected(columns).cpu(), cleaned=True)
+
+
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16])
 @FORMATS

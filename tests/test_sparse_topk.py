@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Sparse
+from problems import Ragged, Sparse
 from test_garbage import ends, spoil
 
 import deep_gemm
@@ -170,6 +170,55 @@ def test_from_the_source_to_the_consumer(device: str) -> None:
     consumer.lists = sm120.candidate_blocks(maxima, source.context_lens, width)
     assert [max(position for position in row) for row in positions_of(consumer)] == [299, 40, 0]
     check(consumer, 64)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["", "compressed"])
+def test_from_the_source_to_the_consumer_in_a_run(compressed: bool, device: str, monkeypatch) -> None:
+    """A prefill's step, rows beginning anywhere: dense logits with maxima, candidates, their logits and the choice,
+    each as float64 has it. Scores are multiples of 1/64 that fp32 sums hold, so there is no rounding but to bf16."""
+    width, k, keys = 6, 20, 300
+    starts = [0, 8, 5, 13, 7, 250, 100, 100, 299, 300, 61, 3, 40]
+    stops = [300, 300, 299, 230, 60, 300, 100, 90, 300, 300, 300, 4, 43]
+    source, consumer = (Ragged(starts, stops, keys, heads=8, fp4=True, device=device) for _ in range(2))
+    scales = torch.randint(127, 129, (len(starts), 8, 4), dtype=torch.uint8).view(torch.int32).squeeze(-1)
+    run = source.kv[0], torch.randint(126, 129, (keys, 4), dtype=torch.uint8).view(torch.int32).flatten().to(device)
+    for problem in (source, consumer):
+        problem.kv, problem.q = run, (problem.q[0], scales.to(device))
+        problem.weights = torch.randint(-16, 17, (len(starts), 8), device=device) / 8.0
+
+    columns = 300 + 4 if compressed else keys  # room for one block more than the longest row has at the least
+    maxima = torch.full((len(starts), -(-columns // 8)), torch.nan, device=device)
+    sm120.fp8_fp4_mqa_logits(*source.arguments(), False, columns if compressed else 0, block_max=maxima)
+    lens = (source.ke - source.ks).clamp(min=0)
+    lists = sm120.candidate_blocks(maxima, lens, width, starts=source.ks, compressed=compressed)
+
+    exact = source.expected().cpu()
+    largest = reference.block_max(exact, starts, stops)
+    blocks = [range(start // 8, -(-stop // 8)) if start < stop else range(0) for start, stop in zip(starts, stops)]
+    firsts = [row.start for row in blocks]
+    wanted = [
+        [first + at for at in chosen]
+        for first, chosen in zip(firsts, reference.topk(largest, [len(row) for row in blocks], width, firsts))
+    ]
+    assert [row[: len(want)] for row, want in zip(lists.tolist(), wanted)] == wanted
+    assert [(row == 2**31 - 1).sum().item() for row in lists] == [width - len(want) for want in wanted]
+
+    aligned = source.ks // 8 * 8  # so that all blocks of a row count
+    until = torch.where(lens > 0, source.ke, aligned)
+    monkeypatch.setattr(debug, "ON", True)  # which agrees
+    metadata = deep_gemm.get_sparse_mqa_logits_metadata(aligned, until, keys, lists, torch.int8, 8)
+    logits = deep_gemm.fp8_fp4_sparse_mqa_logits(consumer.q, run, consumer.weights, metadata, width, 8)
+    skipped = torch.where(lists[:, 0] == source.ks // 8, source.ks % 8, 0)  # those of keys before the row's first
+    count = 8 * (lists < 2**31 - 1).sum(dim=1) - -source.ke % 8
+    chosen = sm120.topk(logits, (count - skipped).clamp(min=0).int(), k, starts=skipped.int()).cpu()
+
+    exact = consumer.expected().to(torch.bfloat16).double().cpu()
+    for row, ids in enumerate(wanted):
+        seen = [key for block in ids for key in range(8 * block, 8 * block + 8) if starts[row] <= key < stops[row]]
+        best = reference.topk(exact[row : row + 1, seen], [len(seen)], k)[0]
+        places = [at + skipped[row].item() for at in chosen[row].tolist() if at >= 0]
+        assert sorted(ids[at // 8] * 8 + at % 8 for at in places) == [seen[at] for at in best]
+        assert (chosen[row] == -1).sum() == k - len(best)
 
 
 @given(st.data())

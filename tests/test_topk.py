@@ -380,6 +380,36 @@ def test_candidate_blocks(blocks: int, width: int, fill: str, device: str) -> No
         assert pages[row].tolist() == places.tolist() + end
 
 
+@pytest.mark.parametrize("compressed", [False, True], ids=["", "compressed"])
+@pytest.mark.parametrize("blocks, width", [(40, 9), (900, 2048), (5000, 2048), (9001, 512), (70_000, 600)])
+def test_candidate_blocks_of_a_run(blocks: int, width: int, compressed: bool, device: str) -> None:
+    """Rows begin anywhere in the run: their lists have its blocks. What lies beside a row is larger than all of it."""
+    block, page, keys = 8, 64, 8 * blocks - 3
+    starts = [0, 5, 8, keys - 1, keys, keys // 2 + 3, keys // 3, 7, 7, 13]
+    lens = [keys, keys - 5, 1, 1, 0, keys // 3, 0, 1, 2, 8 * width]
+    rows, ends = len(starts), [start + length for start, length in zip(starts, lens)]
+    first = [start // block for start in starts]
+    counts = [-(-end // block) - begin if length else 0 for end, begin, length in zip(ends, first, lens)]
+    maxima = torch.full((rows, blocks), 1e30)
+    columns = [0] * rows if compressed else first
+    for row, (column, count) in enumerate(zip(columns, counts)):
+        maxima[row, column : column + count] = torch.randn(len(maxima[row, column : column + count]))
+    counts = [min(count, blocks - column) for column, count in zip(columns, counts)]
+    table = torch.stack([torch.randperm(2 * blocks)[: blocks // 4 + 2] for _ in range(rows)]).int()
+    out, pages = (poisoned(rows, width, torch.int32, device) for _ in range(2))
+    begins, lengths = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (starts, lens))
+    options = {"block": block, "starts": begins, "compressed": compressed}
+    sm120.candidate_blocks(
+        maxima.to(device), lengths, width, **options, block_table=table.to(device), page=page, out=out, pages=pages
+    )
+    assert torch.equal(sm120.candidate_blocks(maxima.to(device), lengths, width, **options), out)
+    for row, chosen in enumerate(reference.topk(maxima, counts, width, columns)):
+        ids = torch.tensor([first[row] + at for at in chosen], dtype=torch.int64)
+        end = [INFINITE] * (width - len(ids))
+        assert out[row].tolist() == ids.tolist() + end
+        assert pages[row].tolist() == (table[row, ids // 8].long() * 8 + ids % 8).tolist() + end
+
+
 # --- logits and choice in one call ------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from test_garbage import SIZES, SLOTS, ends, paged_problem, spoil
 import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
+from deep_gemm.sm120.emulator import recording
 
 NOTHING = -77777
 KS = st.sampled_from([1, 8, 512])
@@ -153,6 +154,47 @@ def test_candidates(device: str, data: st.DataObject) -> None:
     blocks = [-(-length // 8) for length in before[0][kept].tolist()]
     for row, expected in zip(kept, reference.topk(maxima[kept].cpu(), blocks, width)):
         assert out[row, : len(expected)].tolist() == expected
+
+
+@given(st.data())
+def test_candidates_of_a_run(device: str, data: st.DataObject) -> None:
+    """Starts and lengths mean something whatever they are, so all rows are exact: a start below zero is zero, and what
+    ends past the columns ends there."""
+    draw = data.draw
+    rows, columns, width = draw(st.integers(1, 9)), draw(st.sampled_from([1, 40, 700])), draw(KS)
+    block, compressed = draw(st.sampled_from([1, 8, 24])), draw(st.booleans())
+    keys = block * columns
+    starts, lengths = (torch.randint(0, keys + 1, (rows,), dtype=torch.int32, device=device) for _ in range(2))
+    table = torch.randint(-(2**31), 2**31 - 1, (rows, draw(st.integers(0, 90))), dtype=torch.int32, device=device)
+    spoil(draw, starts, [keys, block])
+    spoil(draw, lengths, [keys, block * width])
+    begins = starts.clamp(min=0).tolist()
+    ends_ = [begin + min(max(length, 0), 2**31 - 1 - begin) for begin, length in zip(begins, lengths.tolist())]
+    first = [begin // block for begin in begins]
+    counts = [-(-end // block) - at if end > begin else 0 for begin, end, at in zip(begins, ends_, first)]
+    at = [0] * rows if compressed else [min(column, columns) for column in first]
+    counts = [min(count, columns - column) for count, column in zip(counts, at)]
+    maxima = torch.full((rows, columns), torch.inf, device=device)
+    for row, (column, count) in enumerate(zip(at, counts)):
+        maxima[row, column : column + count] = torch.randn(count)
+    out, pages = (torch.full((rows, width + 3), NOTHING, dtype=torch.int32, device=device)[:, :width] for _ in range(2))
+    settings._num_sms = draw(SMS)
+    try:
+        with ends(), recording(sanitize=draw(st.booleans())):
+            sm120.candidate_blocks(
+                maxima, lengths, width, block=block, starts=starts, compressed=compressed,
+                block_table=table, page=4 * block, out=out, pages=pages,
+            )  # fmt: skip
+    finally:
+        settings._num_sms = None
+    for result in (out, pages):
+        assert (result.as_strided((rows, width + 3), (width + 3, 1))[:-1, width:] == NOTHING).all()
+    for row, chosen in enumerate(reference.topk(maxima.cpu(), counts, width, at)):
+        ids = torch.tensor([first[row] + place for place in chosen], dtype=torch.int64)
+        assert out[row].tolist() == ids.tolist() + [2**31 - 1] * (width - len(ids))
+        if table.shape[1]:
+            ids = table[row].cpu().long()[(ids // 4).clamp(max=table.shape[1] - 1)] * 4 + ids % 4
+        assert torch.equal(pages[row, : len(ids)].cpu(), ids.int())
 
 
 # ---- logits and choice in one: garbage means what it means for the logits, so all rows are exact ---------------------

@@ -72,7 +72,8 @@ def test_a_step_of_v41(launches: Launches, page: int) -> None:
         sparse = Sparse([1] * rows, width=2048, block_kv=page)
         metadata = sparse.metadata()
         last = (2048, 8, sparse.lists, sparse.context_lens, 512)
-        sm120.fp8_fp4_paged_sparse_mqa_topk(sparse.q, sparse.kv_cache, sparse.weights, metadata, *last)
+        for weights in (sparse.weights, sparse.weights.float()):
+            sm120.fp8_fp4_paged_sparse_mqa_topk(sparse.q, sparse.kv_cache, weights, metadata, *last)
     launches.all_in(
         sm120.warmup(32, block_kv=page, fp4=True, sparse_block_kv=8, block_max=True, topk=512, device="cpu")
     )

@@ -4,12 +4,15 @@ Logits     V4's are taken from `deep_gemm` without a variable, unless the user s
 Top-k      the functions that SGLang calls after each kind of logits do what they say of their arguments with ours.
 In one     decode's logits wait until SGLang asks for top-k, and both are one call; V3.2's layer is taken as a whole.
 V4.1       the candidate indexer, which SGLang makes on SM100 alone, is made, and calls our sparse functions.
+           Source: dense logits with the maxima of blocks in the same pass, top-k, the lists of blocks with their pages.
+           Consumers: from the lists to the choice in one call.
 
 Each function below has the arguments of SGLang's own. SGLang's plans for its top-k are made all the same: ours needs
 none, but SGLang's may still be asked.
 """
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -155,20 +158,45 @@ class Pending:
         return True
 
 
-# .pending: logits that are asked for now go to top-k, and nowhere else; .lists: see list_candidates
-_in_this_thread = threading.local()
+_in_this_thread = threading.local()  # .logits: what becomes of those that SGLang asks for now
+PENDING, MAXIMA = "they go to top-k, and nowhere else", "the maxima of their blocks are wanted too"
+
+
+@contextlib.contextmanager
+def _logits(wanted: str | None) -> Iterator[bool]:
+    _in_this_thread.logits = wanted
+    try:
+        yield wanted is not None
+    finally:
+        _in_this_thread.logits = None
 
 
 class Logits(Hook):
-    """A function of `deep_gemm`: gives Pending where SGLang is about to ask for top-k."""
+    """A function of `deep_gemm`, where SGLang is about to ask for what comes after the logits: gives Pending, or logits
+    with `.maxima`."""
 
     def __init__(self, target: str) -> None:
         super().__init__(target, None, None)
 
     def __call__(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self.active and getattr(_in_this_thread, "pending", False) and len(args) == 8 and args[7] is False:
+        wanted = getattr(_in_this_thread, "logits", None) if self.active else None
+        if wanted is PENDING and len(args) == 8 and args[7] is False:
             return Pending(self, original, args, kwargs)
+        if wanted is MAXIMA:
+            maxima = _room_for_maxima(len(args[2]), args[6], args[2].device)
+            logits = original(*args, **kwargs, block_max=maxima)
+            logits.maxima = maxima
+            if not self.used:
+                self.tell()
+            return logits
         return original(*args, **kwargs)
+
+
+def _room_for_maxima(rows: int, columns: int, device: Any) -> Any:
+    """Those of blocks of 8 logits; rows lie 16 bytes apart, as SGLang's kernels want them."""
+    import torch
+
+    return torch.empty(rows, -(-columns // 32) * 4, dtype=torch.float32, device=device)[:, : -(-columns // 8)]
 
 
 class AfterLogits(Hook):
@@ -188,14 +216,8 @@ class AfterLogits(Hook):
         return super().__call__(original, scores, *args, **kwargs)
 
 
-@contextlib.contextmanager
-def _pending(possible: bool) -> Iterator[bool]:
-    possible = possible and hasattr(ours(), FUSED)
-    _in_this_thread.pending = possible
-    try:
-        yield possible
-    finally:
-        _in_this_thread.pending = False
+def _pending(possible: bool) -> contextlib.AbstractContextManager[bool]:
+    return _logits(PENDING if possible and hasattr(ours(), FUSED) else None)
 
 
 def fuse_v4(self, x, *_: Any, **__: Any) -> contextlib.AbstractContextManager[bool]:
@@ -254,53 +276,113 @@ def get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
     return chosen
 
 
-@contextlib.contextmanager
-def list_candidates(self, inputs) -> Iterator[bool]:
-    """While V4.1's source publishes: the best blocks are wanted as lists alone, right after they are chosen."""
-    _in_this_thread.lists = serves(inputs.out_page_indices.device)
-    try:
-        yield _in_this_thread.lists
-    finally:
-        _in_this_thread.lists = False
+def publish_decode(self, inputs) -> contextlib.AbstractContextManager[bool]:
+    """V4.1's source in decode and verify: its logits are asked for, then top-k, then the two functions below."""
+    return _logits(MAXIMA if LISTS.active and serves(inputs.out_page_indices.device) else None)
 
 
 def amax_topk_blocks(logits, seq_lens, nblocks, topk_blocks, max_seq_len=None):
-    """V4.1's source: the best blocks of 8 keys of each row, in any order, -1 past the row's count. Where lists are
-    wanted the choice waits until they are asked for."""
+    """The best blocks of each row: their choice waits until SGLang asks for them as lists, which is next."""
     import torch
-    from sglang.kernels.ops.attention.dsv4.candidate_blocks import amax8_varlen
 
-    if not serves(logits.device) or topk_blocks > MOST:
+    if not hasattr(logits, "maxima") or not LISTS.active or topk_blocks > MOST:
         return NotImplemented
-    width = logits.shape[1] if max_seq_len is None else max_seq_len
-    columns = -(-width // 32) * 4  # rows of the maxima lie 16 bytes apart, as SGLang's kernel has them
-    keys = torch.empty(len(logits), columns, dtype=torch.float32, device=logits.device)
-    amax8_varlen(logits, seq_lens, out=keys)
-    if not (getattr(_in_this_thread, "lists", False) and LISTS.active):
-        return ours().topk(keys, nblocks, topk_blocks)
+    logits.maxima.record_stream(torch.cuda.current_stream())  # not the one of the logits
     blocks = torch.empty(len(logits), topk_blocks, dtype=torch.int32, device=logits.device)
-    blocks.waits_for = keys, nblocks
+    blocks.waits_for = logits.maxima, nblocks
     return blocks
 
 
 def sort_candidate_blocks(blocks, seq_lens, page_table, page_size, *, out_pages=None):
-    """The lists of the blocks that wait: ascending and, in the result, as places in the cache."""
+    """The lists of blocks: ascending and, in the result, as places in the cache."""
     import torch
     from sglang.kernels.ops.attention.dsv4.candidate_blocks import plan_topk_v2, topk_transform_paged_v2
 
+    if hasattr(blocks, "pages"):
+        return vars(blocks).pop("pages")  # publish_prefill_table has made both
     if not hasattr(blocks, "waits_for"):
         return NotImplemented  # SGLang chose them
-    keys, nblocks = blocks.waits_for
-    del blocks.waits_for  # the maxima are not kept as long as the lists are
+    maxima, nblocks = vars(blocks).pop("waits_for")  # which are not kept as long as the lists are
     pages = torch.empty_like(blocks) if out_pages is None else out_pages
     try:
-        ours().candidate_blocks(
-            keys, seq_lens, blocks.shape[1], block_table=page_table, page=page_size, out=blocks, pages=pages
-        )
+        _list_blocks(maxima, seq_lens, page_table, page_size, blocks, pages)
     except Exception:  # chosen as SGLang does, which then sorts them
-        topk_transform_paged_v2(keys, nblocks, None, blocks, 1, plan_topk_v2(nblocks))
+        topk_transform_paged_v2(maxima, nblocks, None, blocks, 1, plan_topk_v2(nblocks))
         raise
     return pages
+
+
+def _list_blocks(maxima, lens, page_table, page_size, blocks, pages) -> None:
+    ours().candidate_blocks(
+        maxima, lens, blocks.shape[1], block_table=page_table, page=page_size, out=blocks, pages=pages
+    )
+
+
+def publish_prefill_table(*, data, kv, index_page_table, index_page_size, topk_blocks, out_positions):
+    """V4.1's source in a prefill: out of each tile of logits its own top-k and the lists of blocks."""
+    import torch
+    from sglang.srt.layers.attention.dsv4.v41_indexer import sparse_table as theirs
+
+    rows, k, device = data.num_rows, out_positions.shape[1], out_positions.device
+    if not serves(device) or max(k, topk_blocks) > MOST:
+        return NotImplemented
+    # Maxima that come with the logits are of blocks of the run of all keys, SGLang's are of each request's: the same
+    # where requests begin at multiples of 8, as a lone one does. Else SGLang's kernel reads the logits for them.
+    aligned = not any(start % 8 for start in itertools.accumulate(data.lens_per_request[:-1]))
+    blocks, pages = torch.empty(2, rows, topk_blocks, dtype=torch.int32, device=device)
+    with _logits(MAXIMA if aligned else None):
+        for tile, logits in theirs.score_tiles(data, kv):
+            lens = data.compress_lens[tile]
+            ours().topk(logits, lens, k, out=out_positions[tile])
+            maxima = getattr(logits, "maxima", None)
+            if maxima is None:
+                maxima = theirs.amax8_varlen(logits, lens, out=_room_for_maxima(*logits.shape, device))
+            _list_blocks(maxima, lens, index_page_table[tile], index_page_size, blocks[tile], pages[tile])
+            del logits, maxima  # before the next tile's
+    blocks.pages = pages
+    return theirs._build_prefill_table(
+        blocks=blocks,
+        compress_lens=data.compress_lens,
+        page_table=index_page_table,
+        page_size=index_page_size,
+        request_ids=theirs._row_pair_ids(data.rows_per_request, device=device),
+        rows_per_request=data.rows_per_request,
+        q_dtype=data.q_fp4.dtype,
+        valid_lens=theirs.candidate_row_lens(data.compress_lens, topk_blocks)[1],
+    )
+
+
+def consume_decode(self, inputs, published):
+    """V4.1's consumers in decode and verify: from the lists to places in the cache."""
+    import torch
+    from sglang.srt.layers.attention.dsv4.v41_indexer import sparse_table as theirs
+
+    out, lens = inputs.out_page_indices, inputs.paged_metadata.compressed_seq_lens.reshape(-1)
+    if not serves(out.device) or published is None:
+        return NotImplemented
+    data = theirs.get_deep_gemm_decode_data(inputs, self.token_to_kv_pool)
+    torch.cuda.current_stream().wait_event(published.ready)
+    query = data.q_fp4, data.q_sf
+    _choose_among_blocks(query, data.k_cache, data.weights, published, lens, out, translate=True)
+    return None
+
+
+def select_prefill_table(*, table, data, k_cache, out_positions):
+    """The same in a prefill, to positions. (Under a graph SGLang asks for both of one row of logits, and its table has
+    no lengths: there our logits are followed by our top-k twice.)"""
+    if not serves(out_positions.device):
+        return NotImplemented
+    query = data.q_fp4.unsqueeze(1), data.q_sf.unsqueeze(1)
+    _choose_among_blocks(query, k_cache, data.weights, table, table.compress_lens, out_positions, translate=False)
+    return None
+
+
+def _choose_among_blocks(query, cache, weights, table, lens, out, translate: bool) -> None:
+    """In one call, and with the weights as they are, which SGLang rounds to bf16 first."""
+    width, k = table.blocks.shape[1], out.shape[1]
+    ours().fp8_fp4_paged_sparse_mqa_topk(
+        query, cache, weights, table.schedule, width, 8, table.blocks, lens, k, translate=translate, out=out
+    )
 
 
 @contextlib.contextmanager
@@ -358,7 +440,7 @@ CANDIDATES = [
         amax_topk_blocks,
     ),
     LISTS,
-    Around(f"{V41}.sparse_table:SparseTableBackend.publish_decode", "(self, inputs)", list_candidates),
+    Around(f"{V41}.sparse_table:SparseTableBackend.publish_decode", "(self, inputs)", publish_decode),
 ]
 
 PLUGIN = Plugin(
@@ -380,6 +462,7 @@ PLUGIN = Plugin(
         ),
         Logits("deep_gemm:fp8_paged_mqa_logits"),
         Logits("deep_gemm:fp8_fp4_paged_mqa_logits"),
+        Logits("deep_gemm:fp8_fp4_mqa_logits"),
         Around(
             "sglang.srt.layers.attention.dsv4.indexer:C4IndexerBackendMixin.forward_c4_indexer",
             "(self, x, q_lora, c4_indexer, forward_batch, alt_streams=None, enable_multi_stream=False, "
@@ -391,6 +474,17 @@ PLUGIN = Plugin(
             f"{V41}:make_candidate_indexer",
             "(*, token_to_kv_pool, req_to_token, page_size, candidate_topk_blocks, candidate_block_size)",
             open_candidates,
+        ),
+        Hook(
+            f"{V41}.sparse_table:publish_prefill_table",
+            "(*, data, kv, index_page_table, index_page_size, topk_blocks, out_positions)",
+            publish_prefill_table,
+        ),
+        Hook(f"{V41}.sparse_table:SparseTableBackend.consume_decode", "(self, inputs, published)", consume_decode),
+        Hook(
+            f"{V41}.sparse_table:select_prefill_table",
+            "(*, table, data, k_cache, out_positions)",
+            select_prefill_table,
         ),
     ],
     "python3 -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V4-Flash --trust-remote-code --tp 2",

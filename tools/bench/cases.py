@@ -29,7 +29,7 @@ class Case:
     def tokens(self) -> int:
         return self.rows * self.next_n
 
-    @property
+    @functools.cached_property
     def lengths(self) -> torch.Tensor:
         """int32 [rows, next_n]: the keys that each query token sees."""
         row = torch.arange(self.rows, dtype=torch.int32).unsqueeze(1)
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def distinct_keys(self) -> int:
-        return self.keys * (self.rows if self.kind == "decode" else 1)
+        return int(self.lengths[:, -1].sum()) if self.kind == "decode" else self.keys
 
     @property
     def row_bytes(self) -> int:

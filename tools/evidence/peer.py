@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ constexpr __device__ int __builtin_ctz(unsigned x) { return x & 1 ? 0 : 1 + __bu
 #include <cuda_device_runtime_api.h>
 """
 HEADERS = {"utility": "#include <cuda/std/utility>\nnamespace std { using namespace cuda::std; }\n"}
-OPTIONS = ["--gpu-architecture=sm_120f", "--std=c++20", "--device-int128", "-default-device", "--disable-warnings"]
+OPTIONS = ["--std=c++20", "--device-int128", "-default-device", "--disable-warnings"]
 
 MATH_WARPS, TMA_WARPS = 8, 4
 THREADS = 32 * (MATH_WARPS + TMA_WARPS)
@@ -88,23 +89,11 @@ class Kernel:
     math_warps: int = MATH_WARPS
     copied_bytes: int = 0  # by TMA into shared memory, for each warp and turn of the key loop
 
-    def compile(self) -> Binary:
-        """PTX and cubin for the sm_120 family."""
+    def compile(self, arch: str = "sm_120f", headers: dict[str, str] | None = None) -> Binary:
+        """PTX and cubin, kept beside the headers; `headers` stand in the place of the wheel's."""
         root = fetch()
-        headers = root / "nvidia" / "cu13" / "include"
         source = PRELUDE + f"#include <deep_gemm/{self.header}>\n"
-        key = json.dumps([PINS, source, HEADERS, OPTIONS, self.instance, nvrtc.nvrtcVersion()[1:]])
-        cached = root / "compiled" / (hashlib.sha256(key.encode()).hexdigest() + ".json")
-        if cached.exists():
-            entry = json.loads(cached.read_text())
-            return Binary(entry["name"], entry["ptx"], base64.b64decode(entry["cubin"]))
-        includes = [f"-I{path}" for path in (root / "deep_gemm" / "include", headers, headers / "cccl")]
-        binary = build(source, self.instance, OPTIONS + includes)
-        cached.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
-            json.dump(asdict(binary) | {"cubin": base64.b64encode(binary.cubin).decode()}, file)
-        os.replace(file.name, cached)
-        return binary
+        return kept(root, [PINS], root / "deep_gemm" / "include", source, self.instance, arch, headers)
 
 
 @dataclass(frozen=True)
@@ -137,18 +126,22 @@ def directory() -> Path:
 
 @functools.cache
 def fetch() -> Path:
-    """The folder with the pinned packages unpacked. Safe among processes: the first to finish moves its copy in."""
-    root = directory() / hashlib.sha256(PINS.encode()).hexdigest()[:16]
+    """The folder with the pinned packages unpacked."""
+    return filled(
+        PINS, lambda folder: pip("install", f"--target={folder}", "--platform=manylinux2014_x86_64", pins=PINS)
+    )
+
+
+def filled(pins: str, fill: Callable[[Path], None]) -> Path:
+    """The folder of these pins, by `fill` where there is none yet. Safe among processes: the first to finish moves its
+    copy in."""
+    root = directory() / hashlib.sha256(pins.encode()).hexdigest()[:16]
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=root.parent))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--only-binary=:all:", "--platform=manylinux2014_x86_64", f"--target={work}", "-r", "/dev/stdin"]
     try:
-        done = subprocess.run(command, input=PINS, text=True, capture_output=True)
-        if done.returncode:
-            raise PeerUnavailable(f"pip could not fetch the peer's wheel and its headers:\n{done.stderr}")
+        fill(work)
         try:
             work.rename(root)
         except OSError:
@@ -157,6 +150,34 @@ def fetch() -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return root
+
+
+def pip(*words: str, pins: str) -> None:
+    """`pip words` of wheels alone, each with its hash."""
+    command = [sys.executable, "-m", "pip", *words, "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    done = subprocess.run([*command, "-r", "/dev/stdin"], input=pins, text=True, capture_output=True)
+    if done.returncode:
+        raise PeerUnavailable(f"pip could not fetch {pins.split()[0]}:\n{done.stderr}")
+
+
+def kept(
+    root: Path, pins: list[str], include: Path, source: str, instance: str, arch: str, headers: dict[str, str] | None
+) -> Binary:
+    """One kernel of `source`, which includes from `include` and the CUDA headers; kept in `root`."""
+    cuda, headers = fetch() / "nvidia" / "cu13" / "include", HEADERS | (headers or {})
+    options = [f"--gpu-architecture={arch}", *OPTIONS]
+    key = json.dumps([*pins, source, headers, options, instance, nvrtc.nvrtcVersion()[1:]])
+    cached = root / "compiled" / (hashlib.sha256(key.encode()).hexdigest() + ".json")
+    if cached.exists():
+        entry = json.loads(cached.read_text())
+        return Binary(entry["name"], entry["ptx"], base64.b64decode(entry["cubin"]))
+    includes = [f"-I{path}" for path in (include, cuda, cuda / "cccl")]
+    binary = build(source, instance, options + includes, headers)
+    cached.parent.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
+        json.dump(asdict(binary) | {"cubin": base64.b64encode(binary.cubin).decode()}, file)
+    os.replace(file.name, cached)
+    return binary
 
 
 def build(source: str, instance: str, options: list[str], headers: dict[str, str] = HEADERS) -> Binary:

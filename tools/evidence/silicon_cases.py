@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from substitute import COUNTS, NATIVE, number_pairs
 
-DIM, PAGE = 128, 64
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import cases as bench
+from cases import DIM, PAGE, short
+
 KINDS = ("decode", "prefill", "ragged", "metadata")
 
 
@@ -18,20 +24,10 @@ KINDS = ("decode", "prefill", "ragged", "metadata")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call. `rows` are requests (decode, metadata) or query tokens; `keys` is what the longest row sees."""
+class Case(bench.Case):
+    """One call, of the benchmark's kinds or metadata, whose `rows` are requests."""
 
-    kind: str
-    fp4: bool
-    rows: int
-    keys: int
-    next_n: int = 1
-    heads: int = 64
     style: str = ""  # decode: mixed lengths; prefill: varlen, rows named as one sequence's; ragged: compressed
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.next_n
 
     @property
     def name(self) -> str:
@@ -46,26 +42,13 @@ class Case:
 
     @functools.cached_property
     def lengths(self) -> torch.Tensor:
-        """int32 [rows, next_n]: the keys that each query token sees."""
-        row = torch.arange(self.rows).unsqueeze(1)
-        if self.style == "mixed" or self.kind == "metadata":
-            rng = torch.Generator().manual_seed(self.rows)
-            exponents = torch.rand((self.rows, 1), generator=rng, dtype=torch.float64)
-            last = (64 * (self.keys / 64) ** exponents).long()
-            last[0] = self.keys
-        elif self.kind == "decode":
-            last = torch.full_like(row, self.keys)
-        else:
-            last = self.keys - (self.rows - 1 - row) // (4 if self.kind == "prefill" else 1)
-        return (last - self.next_n + 1 + torch.arange(self.next_n)).clamp(min=1).int()
-
-    @functools.cached_property
-    def pairs(self) -> int:
-        return int(self.lengths.sum())
-
-    @property
-    def row_bytes(self) -> int:
-        return DIM // 2 if self.fp4 else DIM
+        if self.style != "mixed" and self.kind != "metadata":
+            return super().lengths
+        rng = torch.Generator().manual_seed(self.rows)
+        exponents = torch.rand((self.rows, 1), generator=rng, dtype=torch.float64)
+        lengths = (64 * (self.keys / 64) ** exponents).int()
+        lengths[0] = self.keys
+        return lengths
 
     @functools.cached_property
     def pages(self) -> torch.Tensor:
@@ -78,12 +61,11 @@ class Case:
 
     @property
     def key_bytes(self) -> int:
-        """Every key once, with its scale."""
-        keys = int(self.lengths[:, -1].sum()) if self.kind == "decode" else self.keys
-        return 0 if self.kind == "metadata" else keys * (self.row_bytes + 4)
+        return 0 if self.kind == "metadata" else super().key_bytes
 
     @property
     def footprint(self) -> int:
+        """Without logits."""
         return self.key_bytes + self.tokens * self.heads * (self.row_bytes + 8)
 
     @property
@@ -100,10 +82,6 @@ class Case:
     def sets(self) -> int:
         """Of inputs that take turns: as many as launches, or enough to fill L2 several times."""
         return min(self.launches, max(4, -(-(192 << 20) // max(1, self.footprint))))
-
-
-def short(number: int) -> str:
-    return f"{number >> 10}K" if number >= 1024 and number % 1024 == 0 else str(number)
 
 
 def plan() -> list[Case]:

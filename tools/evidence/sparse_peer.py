@@ -12,22 +12,13 @@ one request into splits of 640 keys (MXFP4) or 512 (MXFP8).
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import peer
 import torch
-from cuda.bindings import nvrtc
 
 WHEEL = "vllm==0.33.0 --hash=sha256:4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa"
 INCLUDE = "vllm/third_party/deep_gemm/include/"
@@ -42,49 +33,22 @@ class Kernel(peer.Kernel):
     """One instantiation out of vLLM's headers."""
 
     def compile(self, arch: str = "sm_120f", headers: dict[str, str] | None = None) -> peer.Binary:
-        """PTX and cubin, kept in the peer's folder; `headers` stand in the place of the wheel's."""
+        root = fetch()
         source = peer.PRELUDE + TRAPS + f"#include <deep_gemm/{self.header}>\n"
-        headers = peer.HEADERS | (headers or {})
-        cuda = peer.fetch() / "nvidia" / "cu13" / "include"
-        options = [f"--gpu-architecture={arch}", *peer.OPTIONS[1:]]
-        key = json.dumps([WHEEL, peer.PINS, source, headers, options, self.instance, nvrtc.nvrtcVersion()[1:]])
-        cached = fetch() / "compiled" / (hashlib.sha256(key.encode()).hexdigest() + ".json")
-        if cached.exists():
-            entry = json.loads(cached.read_text())
-            return peer.Binary(entry["name"], entry["ptx"], base64.b64decode(entry["cubin"]))
-        includes = [f"-I{path}" for path in (fetch(), cuda, cuda / "cccl")]
-        binary = peer.build(source, self.instance, options + includes, headers)
-        cached.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
-            json.dump(asdict(binary) | {"cubin": base64.b64encode(binary.cubin).decode()}, file)
-        os.replace(file.name, cached)
-        return binary
+        return peer.kept(root, [WHEEL, peer.PINS], root, source, self.instance, arch, headers)
 
 
 @functools.cache
 def fetch() -> Path:
-    """The folder with the wheel's headers. Safe among processes: the first to finish moves its copy in."""
-    root = peer.directory() / hashlib.sha256(WHEEL.encode()).hexdigest()[:16]
-    if root.exists():
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=root.parent))
-    (work / "pin").write_text(WHEEL)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--only-binary=:all:", "--platform=manylinux_2_28_x86_64", f"--dest={work}", f"-r{work / 'pin'}"]
-    try:
-        done = subprocess.run(command, text=True, capture_output=True)
-        if done.returncode:
-            raise peer.PeerUnavailable(f"pip could not fetch vLLM's wheel:\n{done.stderr}")
-        unpack(next(work.glob("vllm*.whl")), work / "include")
-        try:
-            (work / "include").rename(root)
-        except OSError:
-            if not root.exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return root
+    """The folder with the wheel's headers."""
+
+    def fill(folder: Path) -> None:
+        peer.pip("download", f"--dest={folder}", "--platform=manylinux_2_28_x86_64", pins=WHEEL)
+        wheel = next(folder.glob("vllm*.whl"))
+        unpack(wheel, folder)
+        wheel.unlink()
+
+    return peer.filled(WHEEL, fill)
 
 
 def unpack(wheel: Path, folder: Path) -> None:

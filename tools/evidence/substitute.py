@@ -16,18 +16,13 @@ The text of both sides' headers is edited in memory.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +85,7 @@ def peer_headers(kernel: peer.Kernel, form: str) -> dict[str, str]:
 
 def build_peer(kernel: peer.Kernel, form: str, arch: str = "sm_90a") -> peer.Binary:
     """One kernel of the peer's with the MMA replaced; kept in the peer's folder."""
-    if form == NATIVE:
-        return kernel.compile()
-    root = peer.fetch()
-    include, cuda = root / "deep_gemm" / "include", root / "nvidia" / "cu13" / "include"
-    source = peer.PRELUDE + f"#include <deep_gemm/{kernel.header}>\n"
-    headers = peer.HEADERS | peer_headers(kernel, form)
-    options = [f"--gpu-architecture={arch}", *peer.OPTIONS[1:]]
-    key = json.dumps([peer.PINS, source, headers, options, kernel.instance, nvrtc.nvrtcVersion()[1:]])
-    cached = root / "compiled" / (hashlib.sha256(key.encode()).hexdigest() + ".json")
-    if cached.exists():
-        entry = json.loads(cached.read_text())
-        return peer.Binary(entry["name"], entry["ptx"], base64.b64decode(entry["cubin"]))
-    includes = [f"-I{path}" for path in (include, cuda, cuda / "cccl")]
-    binary = peer.build(source, kernel.instance, options + includes, headers)
-    cached.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
-        json.dump(asdict(binary) | {"cubin": base64.b64encode(binary.cubin).decode()}, file)
-    os.replace(file.name, cached)
-    return binary
+    return kernel.compile() if form == NATIVE else kernel.compile(arch, peer_headers(kernel, form))
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------

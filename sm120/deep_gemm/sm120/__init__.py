@@ -11,9 +11,9 @@ one logit NaN. Keys that no row sees may hold anything.
 
 Nothing is differentiated: results require no grad, whatever the arguments do.
 
-Reading order: `paged.py` and `ragged.py` (the functions, one file a family; each one: check, allocate, configure,
-launch) with `arguments.py`; `kernels/logits.py`, which launches `kernels/paged.cuh` and `kernels/ragged.cuh`; then
-`jit/` and, for tensors on the CPU, `emulator/`.
+Reading order: `paged.py`, `ragged.py`, `sparse.py`, `topk.py` (the functions, one file a family; each one: check,
+allocate, configure, launch) with `arguments.py`; `kernels/logits.py`, which launches `kernels/paged.cuh` and
+`kernels/ragged.cuh`; then `jit/` and, for tensors on the CPU, `emulator/`.
 """
 
 from .checks import ArgumentError

@@ -178,37 +178,72 @@ def choice(
     name: str,
     columns: int,
     page: int,
-    unit: int = 1,
 ) -> None:
-    """What top-k is told of its rows: `lengths`, called `name`, count `unit` for a column, and so does `page`. Windows
-    lie within the columns and the table, and results are int32 that are not negative."""
-    lengths = lengths.flatten()
+    """What top-k is told of its rows, `lengths` called `name`: windows lie within the columns and the table, and
+    results are int32 that are not negative."""
     rest = torch.full_like(lengths, columns)
     if starts is not None:
         _look("starts", starts, (starts < 0) | (starts > columns), f"0 to {columns}, the number of columns")
         rest -= starts
     of_all = "" if starts is None else " behind the row's start"
-    wrong = (lengths < 0) | (lengths > rest * unit)
-    _look(name, lengths, wrong, f"0 to {columns * unit}, for which there are columns{of_all}")
-    count, page_count = (lengths + unit - 1) // unit, page // unit
-    largest = count - 1
+    wrong = (lengths < 0) | (lengths > rest)
+    _look(name, lengths, wrong, f"0 to {columns}, for which there are columns{of_all}")
+    largest = lengths - 1
     if block_table is not None:
         _in_the_table(name, lengths, block_table, page)
-        on_page = count[:, None] - torch.arange(block_table.shape[1]) * page_count
-        most = 2**31 // page_count - 1
-        wrong = (on_page > 0) & ((block_table < 0) | (block_table > most))
-        _look("block_table", block_table, wrong, f"a page from 0 to {most}, since the row has keys there")
-        places = block_table * page_count + on_page.clamp(max=page_count) - 1
+        on_page = lengths[:, None] - torch.arange(block_table.shape[1]) * page
+        _pages_that_have_places(block_table, on_page > 0, page)
+        places = block_table * page + on_page.clamp(max=page) - 1
         largest = functional.pad(torch.where(on_page > 0, places, -1), (1, 0), value=-1).amax(dim=1)
     if offset is not None:
         wrong = (lengths > 0) & ((offset < 0) | (offset + largest >= 2**31))
         _look("offset", offset, wrong, "0 or more, and that every result is less than 2^31")
 
 
-def _in_the_table(name: str, lengths: torch.Tensor, block_table: torch.Tensor, page: int) -> None:
-    """No row is longer than the columns of the table."""
+@_unless_captured
+def candidates(
+    context_lens: torch.Tensor,
+    starts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    *,
+    columns: int,
+    page: int,
+    block: int,
+    compressed: bool,
+) -> None:
+    """What the choice of blocks is told of its rows: their keys are in blocks that have a column each, and a page if
+    there is a table."""
+    lengths, keys, behind = context_lens.flatten(), columns * block, ""
+    first = torch.zeros_like(lengths)
+    if starts is not None:
+        first, behind = starts, " behind the row's start"
+        most, what = (2**31 - 1, "an int32") if compressed else (keys, "for which there are columns")
+        _look("starts", first, (first < 0) | (first > most), f"0 to {most}, {what}")
+    room = keys - (first % block if compressed else first)
+    wrong = (lengths < 0) | (lengths > room)
+    _look("context_lens", lengths, wrong, f"0 to {keys}, for which there are columns{behind}")
+    if block_table is not None:
+        _in_the_table("context_lens", lengths, block_table, page, starts)
+        page_first = torch.arange(block_table.shape[1]) * page
+        ends = torch.where(lengths > 0, first + lengths, 0)
+        used = (page_first + page > first[:, None]) & (page_first < ends[:, None])
+        _pages_that_have_places(block_table, used, page // block)
+
+
+def _pages_that_have_places(block_table: torch.Tensor, used: torch.Tensor, size: int) -> None:
+    """Those pages that are `used`, each of `size` places, have int32 for them."""
+    most = 2**31 // size - 1
+    wrong = used & ((block_table < 0) | (block_table > most))
+    _look("block_table", block_table, wrong, f"a page from 0 to {most}, since the row has keys there")
+
+
+def _in_the_table(
+    name: str, lengths: torch.Tensor, block_table: torch.Tensor, page: int, starts: torch.Tensor | None = None
+) -> None:
+    """No row reaches past the columns of the table."""
     most, what = block_table.shape[1] * page, f"the {block_table.shape[1]} columns of block_table"
-    _look(name, lengths, (lengths < 0) | (lengths > most), f"0 to {most} keys, which {what} allow")
+    ends, too = (lengths, "") if starts is None else (lengths + starts, " with those before its start")
+    _look(name, lengths, (lengths < 0) | (ends > most), f"0 to {most} keys{too}, which {what} allow")
 
 
 def _look(name: str, values: torch.Tensor, wrong: torch.Tensor, expected: str, rest: str = "") -> None:

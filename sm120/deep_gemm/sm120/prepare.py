@@ -42,8 +42,9 @@ def warmup(
     heads, dim, block_kv, fp4    as in the functions' arguments
     next_n                       the most query tokens of a request
     paged, ragged                for which of the functions
-    sparse_block_kv              for the sparse functions too, with blocks of so many keys and bf16 weights; 0: not for
-                                 them. DeepSeek-V4.1: heads=32, fp4=True, sparse_block_kv=8, block_max=True, topk=512
+    sparse_block_kv              for the sparse functions too, with blocks of so many keys, and weights in bf16 as well
+                                 as in weights_dtype; 0: not for them. DeepSeek-V4.1: heads=32, fp4=True,
+                                 sparse_block_kv=8, block_max=True, topk=512
     block_max                    for the dense functions with maxima of blocks too
     topk                         for the functions that choose so many keys of each row, too; 0: not for them. With
                                  sparse_block_kv also for those that make candidates and choose among them
@@ -76,7 +77,8 @@ def warmup(
         if dim != 128 or block_kv % sparse_block_kv:
             checks.refuse("sparse_block_kv", sparse_block_kv, "dim = 128, and pages of a multiple of the block")
         pages = (block_kv,) * paged + (0,) * ragged
-        kernels += _sparse_kernels(arch, heads, pages, fp4, sparse_block_kv, alignment)
+        for weights in (torch.bfloat16, weights_dtype):
+            kernels += _sparse_kernels(arch, heads, pages, fp4, sparse_block_kv, alignment, weights)
     kernels = _distinct(kernels)
     for kernel in kernels:
         load(kernel, place)
@@ -102,11 +104,17 @@ def _kernels(
 
 
 def _sparse_kernels(
-    arch: str, heads: int, pages: tuple[int, ...], fp4: bool, block: int, alignment: int
+    arch: str,
+    heads: int,
+    pages: tuple[int, ...],
+    fp4: bool,
+    block: int,
+    alignment: int,
+    weights: torch.dtype = torch.bfloat16,
 ) -> list[Kernel]:
     """`pages` are keys of a page each, or 0: ragged."""
     config = functools.partial(
-        logits.configure, arch, fp4, heads, 128, weights=torch.bfloat16, logits=torch.bfloat16, alignment=alignment
+        logits.configure, arch, fp4, heads, 128, weights=weights, logits=torch.bfloat16, alignment=alignment
     )
     rows = ({"eights": True}, *({"few_rows": most} for most in logits.FEW_ROWS), {})
     return [
@@ -159,8 +167,8 @@ def _device(device: torch.device | str | int | None) -> torch.device:
 
 def ship(folder: Path) -> None:
     """Compiles the models' common sizes into `folder`, in a wheel that is being built: pages of 64, fp32 weights; for
-    DeepSeek-V4.1 (32 heads) pages of 128 as well, maxima of blocks, and sparse logits of blocks of 8; top-k of 512,
-    1,024 and 2,048 keys."""
+    DeepSeek-V4.1 (32 heads) pages of 128 as well, maxima of blocks, and sparse logits of blocks of 8, by bf16 weights
+    and, of FP4 in pages, by fp32 ones; top-k of 512, 1,024 and 2,048 keys."""
     arch = _SHIPPED_ARCHITECTURE
     kernels = [
         kernel
@@ -173,6 +181,7 @@ def ship(folder: Path) -> None:
     for page in (64, 128):
         kernels += _kernels(arch, 32, 128, page, True, 4, True, True, torch.float32, torch.float32, 32, maxima=True)
     kernels += [kernel for fp4 in (False, True) for kernel in _sparse_kernels(arch, 32, (64, 128, 0), fp4, 8, 32)]
+    kernels += _sparse_kernels(arch, 32, (64, 128), True, 8, 32, torch.float32)
     for k in (512, 1024, 2048):
         kernels += _topk_kernels(k, torch.float32, EMULATED_SMS, sparse=k == 512)
     distinct = _distinct(kernels)

@@ -104,6 +104,8 @@ def candidate_blocks(
     width: int = LARGEST_K,
     *,
     block: int = 8,
+    starts: torch.Tensor | None = None,
+    compressed: bool = False,
     block_table: torch.Tensor | None = None,
     page: int = 64,
     out: torch.Tensor | None = None,
@@ -114,10 +116,15 @@ def candidate_blocks(
 
     block_max     fp32 [rows, columns], stride 1 in the last dimension: the maximum of each block's logits, as
                   `block_max` of the logits functions has it: the newest block is +inf, so that it is a candidate
-    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row, in ceil(keys / block) blocks, as far
-                  as there are columns; less than 0 is 0
+    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row; less than 0 is 0
     width         of the lists, 1 to 2,048
     block         keys of a block
+    starts        int32 [rows]: rows within one run of keys; row i has keys starts[i] .. starts[i] + context_lens[i].
+                  Without it rows begin at key 0. Blocks are those of the run, block b its keys b * block to
+                  b * block + block - 1, whether the row sees all of them or, at its ends, only some
+    compressed    with starts: column 0 is the block with the row's first key, as beside compressed logits; else
+                  column b is block b. Blocks past the last column are no candidates: where rows do not begin at
+                  multiples of `block`, max_seqlen_k has to be up to block - 1 more than the longest row
     block_table   int32 [rows, columns], stride 1 in the last dimension, and
     page          keys of a page, a multiple of `block`: only for `pages`. Pages past the columns are taken for the last
     out           int32 [rows, width] of any row stride, written and returned
@@ -127,6 +134,11 @@ def candidate_blocks(
 
     Returns int32 [rows, width]: ascending, 2^31 - 1 past the end, as the sparse logits functions take them. A row of at
     most `width` blocks has all of them. Graph-safe; nothing is synchronised.
+
+    With starts the sparse functions of a run take the lists with `use_unaligned_ks=False`, and as
+    `cu_seq_len_k_start` the row's first block's first key, starts - starts % block (as its end, too, if the row has no
+    keys), so that they count all of its blocks. In a list's first and last block may be keys that the row does not see:
+    `topk` of those logits leaves them out by its `starts` and `lengths`.
     """
     if not isinstance(block_max, torch.Tensor):
         refuse("block_max", block_max, "a tensor on the CPU or a CUDA device")
@@ -138,6 +150,9 @@ def candidate_blocks(
     _lengths_of_rows(context_lens, rows, device)
     checks.integer("width", width, 1, LARGEST_K)
     checks.integer("block", block, 1, 2**16)
+    if starts is not None:
+        checks.contiguous("starts", checks.tensor("starts", starts, _INT32, (rows,), device))
+    checks.boolean("compressed", compressed)
     if checks.integer("page", page, 1) % block:
         refuse("page", page, f"a multiple of {block}")
     if (block_table is None) != (pages is None):
@@ -152,19 +167,21 @@ def candidate_blocks(
         return out
 
     if debug.ON:
-        lens = context_lens, None, block_table, None
-        debug.choice(*lens, name="context_lens", columns=columns, page=page, unit=block)
+        debug.candidates(
+            context_lens, starts, block_table, columns=columns, page=page, block=block, compressed=compressed
+        )
     config, parts = kernels.configure(torch.float32, width, rows, columns, sms_to_use(device), ascending=True)
     workspace = _workspace(workspace, kernels.workspace_bytes(config, rows, parts), device)
-    inputs = {"block_max": block_max, "context_lens": context_lens, "block_table": block_table}
+    inputs = {"block_max": block_max, "context_lens": context_lens, "starts": starts, "block_table": block_table}
     _memory(inputs, out=out, pages=pages, workspace=workspace)
+    starts_pointer = None if starts is None else starts.data_ptr()
     kernels.topk(
         config, parts,
-        logits=block_max, windows=Windows(None, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
-        bounds={"context_lens": context_lens}, k=width, page=page // block if pages is not None else 1,
-        block_table=block_table, offset=None, workspace=workspace,
+        logits=block_max, windows=Windows(starts_pointer, context_lens.data_ptr(), rows, 1, 1, NO_LIMIT),
+        ends_are_lengths=True, bounds={"context_lens": context_lens, "starts": starts}, k=width,
+        page=page // block if pages is not None else 1, block_table=block_table, offset=None, workspace=workspace,
         out=out if pages is None else pages, positions=None if pages is None else out, scores=None,
-        unit=block, nowhere=2**31 - 1,
+        unit=block, compressed=compressed, nowhere=2**31 - 1,
     )  # fmt: skip
     return out
 

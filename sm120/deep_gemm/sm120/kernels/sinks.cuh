@@ -101,6 +101,6 @@ struct Stored<WithMaxima<Logit>> : Stored<Logit> {
     __device__ void place(uint32 n, bool first, int64 offset, Logit stored) const {
         const float most = largest<kApart>(n < count ? float(stored) : __int_as_float(0x7fffffff));
         if (!first || n + (kBlock - 1) >= reach) return;
-        *reinterpret_cast<float*>(maxima + offset) = int(n + kBlock) >= int(count) ? __int_as_float(0x7f800000) : most;
+        *reinterpret_cast<float*>(maxima + offset) = n + kBlock >= count ? __int_as_float(0x7f800000) : most;
     }
 };

@@ -4,6 +4,7 @@
 //     out[row, i] = position, -1 past the end; or as pages: table[row, position / page] * page + position % page; + offset[row]
 //
 // The same for candidates of a sparse indexer: the keys are maxima of blocks of keys, the lists ascend, and end in 2^31 - 1.
+// Rows may begin within a run of keys: their lists have numbers of the run's blocks.
 //
 // The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: the upper bits of an
 // fp16, 32 bins to each power of two from 2^-14 to 2^16, of both signs. As a rule the bin in which the k-th falls holds a few
@@ -32,7 +33,7 @@ struct TopkParams {
     int columns;
     Windows windows;
     int ends_are_lengths;    // windows.ends count from the start
-    int unit;                // a logit stands for so many of what windows count
+    int unit;                // a logit stands for a block of so many of what windows count; 0: for one, a position
     int nowhere;             // what stands past the end of a row's choice
     int k;
     int front;               // entries of a part's front
@@ -50,6 +51,7 @@ struct TopkParams {
     float* gates;            // [rows][parts] what all of a front reach, and nothing else of the part does
     uint2* fronts;           // [rows][parts][front] {value, position}, NaN where there is none
     int parts;
+    int compressed;          // column 0 is the block with the row's first key, not that with the run's
 };
 static_assert(sizeof(TopkParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
@@ -111,7 +113,7 @@ __device__ inline void fetch_parameters(const TopkParams& p) {
     asm volatile("" :: "l"(p.logits), "r"(p.ends_are_lengths), "l"(p.table), "l"(p.out), "l"(p.scores_stride), "r"(p.parts));
 }
 
-// Where a row lies, and what becomes of its choice. kUnits: a logit stands for several of what windows count.
+// Where a row lies, and what becomes of its choice. kUnits: a logit may stand for a block of what windows count.
 template <class Logit, bool kUnits>
 struct Row {
     using Vec = Vector<Logit>;
@@ -121,6 +123,7 @@ struct Row {
     int row, length;
     const uint8* begin;      // aligned to a vector:
     int skew;                // keys there that are before the row's first one
+    uint32 base = 0;         // kUnits: the block that is the row's first one
 
     __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
         int first = 0;
@@ -132,7 +135,12 @@ struct Row {
             first = window.begin;
             length = window.end - window.begin;
         }
-        if (kUnits && p.unit > 1) length = (uint32(length) + p.unit - 1) / p.unit;
+        if (kUnits && p.unit > 0) {                                      // those blocks in which the row has keys
+            const uint32 unit = p.unit, end = first + min(length, 0x7fffffff - first);
+            base = first / unit;
+            length = end > uint32(first) ? (end + unit - 1) / unit - base : 0;
+            first = p.compressed ? 0 : base;
+        }
         length = min(length, p.columns - first);
         begin = p.logits + (row * p.logits_stride + first) * int64(sizeof(Logit));
         skew = reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(Logit);
@@ -180,8 +188,8 @@ struct Row {
     __device__ void fetch_pages() const {
         constexpr int kSector = 8;
         if (!p.table) return;
-        const int last = column_of(page_of(length - 1));
-        for (int i = threadIdx.x * kSector; i <= last; i += blockDim.x * kSector) {
+        const int last = column_of(page_of(base + length - 1));
+        for (int i = page_of(base) + threadIdx.x * kSector; i <= last; i += blockDim.x * kSector) {
             ptx::load_word(pages() + i);
         }
     }
@@ -197,14 +205,15 @@ struct Row {
         int offset;
 
         __device__ void put(int at, uint32 position) const {
-            int place = position;
+            const uint32 number = kUnits ? row.base + position : position;
+            int place = number;
             if (pages) {
-                const int page = p.page_shift >= 0 ? position >> p.page_shift : position / uint32(p.page);
+                const int page = p.page_shift >= 0 ? number >> p.page_shift : number / uint32(p.page);
                 const uint32 found = p.table_columns > 0 ? ptx::load_word(pages + min(page, p.table_columns - 1)) : 0;
-                place = found * p.page + (position - page * p.page);
+                place = found * p.page + (number - page * p.page);
             }
             out[at] = place + offset;
-            if (positions) positions[at] = position;
+            if (positions) positions[at] = number;
             if (scores) scores[at] = row.value_at(position);
         }
 

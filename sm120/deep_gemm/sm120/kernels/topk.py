@@ -43,6 +43,7 @@ class TopkParams(ctypes.Structure):
         ("gates", ctypes.c_void_p),
         ("fronts", ctypes.c_void_p),
         ("parts", ctypes.c_int32),
+        ("compressed", ctypes.c_int32),
     ]
 
 
@@ -178,18 +179,20 @@ def topk(
     positions: torch.Tensor | None,
     scores: torch.Tensor | None,
     tokens: int = 1,
-    unit: int = 1,
+    unit: int = 0,
+    compressed: bool = False,
     nowhere: int = -1,
 ) -> None:
-    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into. A logit
-    stands for `unit` of what they count; `tokens` rows share one of the table; `nowhere` stands past a row's end."""
+    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into. With
+    `unit` a logit stands for a block of so many of what they count, and results are blocks of the run; `compressed`:
+    column 0 is the row's first one. `tokens` rows share one of the table; `nowhere` stands past a row's end."""
     p = TopkParams()
     p.logits = logits.data_ptr()
     p.logits_stride = logits.stride()[0]
     p.columns = logits.shape[1]
     p.windows = windows
     p.ends_are_lengths = ends_are_lengths
-    p.tokens, p.unit, p.nowhere = tokens, unit, nowhere
+    p.tokens, p.unit, p.compressed, p.nowhere = tokens, unit, compressed, nowhere
     p.k = k
     p.page, p.page_shift = page, -1 if page & (page - 1) else page.bit_length() - 1
     p.parts = parts
