@@ -167,6 +167,21 @@ def test_loads_that_wait_for_each_other():
     assert [load.operands.split(",")[0] for load in sass.awaited_loads(path)] == ["R2", "R8"]
 
 
+def test_a_load_in_a_loop_is_waited_for():
+    kernel = function(
+        ("@P0 BRA `(.L_x_1)", word()),  # where there is nothing to go through
+        ".L_x_0",
+        ("LDG.E R2, desc[UR4][R20.64]", word(write=0)),
+        ("MOV R3, R2", word(wait=0b1)),
+        ("@P1 BRA `(.L_x_0)", word()),
+        ".L_x_1",
+        ("LDG.E R8, desc[UR4][R4.64]", word(write=0)),
+        ("QMMA.16832.F32.E4M3.E4M3 R8, R4, R12, RZ", word(wait=0b1)),
+        ("EXIT", word()),
+    )
+    assert [load.operands.split(",")[0] for load in sass.awaited_loads(kernel.first_mma())] == ["R2", "R8"]
+
+
 @pytest.mark.parametrize("mmas", [1, 4, 7])
 def test_a_compiled_kernel(mmas):
     binary = small_kernel(mmas)

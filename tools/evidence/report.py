@@ -5,7 +5,8 @@
 Everything is per unit: 16 keys x 64 heads x 128 values of one query token, which is 32 FP8 or 16 FP4 MMAs of one warp.
 A kernel's cost is one turn of its innermost loop with MMAs, divided by the units in it: the turn with the most MMAs,
 the next keys' loads included, no wait tried twice.  ALU includes IMAD and the uniform pipe; WARPSYNC, by which a warp
-meets itself, is an instruction and no barrier.  The bounds are arithmetic on these counts and the rates below: a model.
+meets itself, is an instruction and no barrier.  Few rows are up to 32, many a prefill's, whose warps take two tokens
+where these are small.  The bounds are arithmetic on these counts and the rates below: a model.
 """
 
 from __future__ import annotations
@@ -222,15 +223,9 @@ def our_subjects() -> list[Subject]:
         os.environ["DG_SM120_FP8_MMA"] = form or "block_scaled"
         for heads in HEADS:
             for name, page, rows in (("paged", 64, "few rows"), ("paged", 64, "many rows"), ("ragged", 0, "")):
-                config = Config(
-                    ARCH,
-                    kind == "fp4",
-                    heads,
-                    128,
-                    page,
-                    torch.float32,
-                    torch.float32,
-                    few_rows=32 * (rows == "few rows"),
+                few = 32 * (rows == "few rows")
+                config = Config(  # many rows: a prefill, whose neighbours are taken together where there is room
+                    ARCH, kind == "fp4", heads, 128, page, torch.float32, torch.float32, few, next_n=1 if few else 2
                 )
                 binary = peer.Binary(config.kernel.name, "", compile_kernel(config.kernel, ARCH, "cubin"))
                 variant = ", ".join(filter(None, [form.replace("_", "-"), rows]))

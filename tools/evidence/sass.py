@@ -126,7 +126,6 @@ class Resources:
 
 @dataclass(frozen=True)
 class Loop:
-    head: int
     addresses: frozenset[int]
     turn: tuple[Instruction, ...]
 
@@ -182,7 +181,7 @@ class Function:
                         if (block := stack.pop()) not in body:
                             body.add(block)
                             stack += predecessors[block]
-        loops = [Loop(head, self._addresses(body), self._turn(head, body)) for head, body in bodies.items()]
+        loops = [Loop(self._addresses(body), self._turn(head, body)) for head, body in bodies.items()]
         return sorted(loops, key=lambda loop: len(loop.addresses))
 
     def mma_loop(self) -> Loop | None:
@@ -191,11 +190,12 @@ class Function:
         inner = [a for a in loops if not any(b.addresses < a.addresses for b in loops)]
         return max(inner, key=lambda loop: loop.macs, default=None)
 
-    def first_mma(self, through: int | None = None) -> list[Instruction]:
-        """The shortest way from the entry, through the block at address `through` if one is given, to the first MMA,
-        which is its last instruction. Empty if there is none."""
+    def first_mma(self) -> list[Instruction]:
+        """The shortest way from the entry to an MMA, its last instruction, by way of the first load from global memory:
+        a loop over lengths may hold that, and is not passed by. Empty if there is none."""
         entry = self.instructions[0].address
-        start = [entry] if through is None else self._way(entry, lambda block: block == through)
+        loads = [block for block, instructions in self.blocks.items() if any(i.name == "LDG" for i in instructions)]
+        start = self._way(entry, lambda block: block in (loads[:1] or [entry]))
         rest = self._way(start[-1], lambda block: any(i.macs for i in self.blocks[block])) if start else []
         path = [i for block in [*start, *rest[1:]] for i in self.blocks[block]]
         return path[: next(n for n, i in enumerate(path) if i.macs) + 1] if rest else []

@@ -3,7 +3,7 @@
     python tools/evidence/schedules.py [--out docs/performance]
 
 ours        the schedule in splits of 256 keys, consumed in such splits.  SGLang's planner writes the same schedule.
-            Few rows (fewer than SMs, up to 128, of up to 8 tokens) go without: tiles of 32 keys are shared out evenly.
+            Few rows (`few_rows` in kernels/logits.py: 256 at most) do without, for what it would do to them here.
 peer        the peer's schedule in splits of 128 keys, consumed by its kernels.
 mismatch    SGLang's schedule in splits of 256 keys, handed to the peer's kernels, which read 128 into it: every slot
             does half of its share but the one that ends a row, which does all the rest of that row.

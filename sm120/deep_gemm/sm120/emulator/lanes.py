@@ -79,6 +79,12 @@ class Lanes:
         return Lanes(np.flatnonzero(self.mask | other.mask), self.size)
 
 
+def position_of(number, extent: tuple[int, int, int]) -> tuple:
+    """(x, y, z) of a thread in its block, or of a block in its grid, by their numbers: an integer, or an array."""
+    x, y, _ = extent
+    return number % x, number // x % y, number // (x * y)
+
+
 def ballot(mask: np.ndarray) -> np.ndarray:
     """[size] bool -> [size / 32] uint32, lane 0 in bit 0."""
     return np.packbits(mask, bitorder="little").view(np.uint32)

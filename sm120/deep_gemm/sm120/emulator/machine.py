@@ -18,14 +18,13 @@ from .counters import Counters, record, sanitizing, tracing
 from .errors import EmulatorError, Fault
 from .formats import UNSIGNED
 from .isa.asynchronous import TensorMap
-from .lanes import WARP, Lanes
+from .lanes import WARP, Lanes, ballot, position_of
 from .memory import SHARED_START, Access, Buffer, GlobalMemory, Sanitizer, Scratch, Traffic
 from .operands import Step, translate
 from .parser import Instruction, Kernel, Parser, Variable
 from .sanitizers import Sanitizers
 
 LANES_PER_WAVE = 8192  # registers of 32 KB: a few fit the first cache level, a kernel's working set the second
-BARRIERS = 16
 PATIENCE = 32  # times that a front may look at memory which others change, while they wait for their turn
 
 
@@ -154,11 +153,6 @@ class _Shape:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
-def _split(number: int, extent: tuple[int, int, int]) -> tuple[int, int, int]:
-    x, y, _ = extent
-    return number % x, number // x % y, number // (x * y)
-
-
 def _pack(kernel: Kernel, params: bytes | list) -> bytes:
     if isinstance(params, (bytes, bytearray, memoryview)):
         if len(params) < kernel.param_bytes:
@@ -261,10 +255,8 @@ class Wave:
         self.lane = (number % WARP).astype(np.uint32)
         self.block_of = number // shape.lanes
         self.thread = number % shape.lanes
-        self.shared = Scratch("shared", blocks, launch.shared_bytes, SHARED_START)
-        self.shared.row = self.block_of
-        self.local = Scratch("local", self.size if launch.local_bytes else 1, launch.local_bytes)
-        self.local.row = number
+        self.shared = Scratch("shared", blocks, launch.shared_bytes, self.block_of, SHARED_START)
+        self.local = Scratch("local", self.size if launch.local_bytes else 1, launch.local_bytes, number)
         self.alive = self.thread < shape.threads
         self.fronts: dict[int, Lanes] = {}
         self.stalled: dict[int, Lanes] = {}
@@ -272,8 +264,7 @@ class Wave:
         self.pc = 0
         self.looks = 0  # at memory that others may change, since the last turn of a waiting front
         self.barriers = _Barriers()
-        self.special: dict[str, np.ndarray] = {}
-        self.state: dict = {}  # for instructions that keep something per wave
+        self.state: dict = {}  # for special registers, and for instructions that keep something per wave
 
     # --- the schedule ---
 
@@ -373,7 +364,7 @@ class Wave:
     def together(self, i: Instruction, lanes: Lanes, members: np.ndarray | None) -> np.ndarray:
         """[lanes.count] bool: has all of the lane's warp that it must wait for come?"""
         present = lanes.present[lanes.warp]
-        alive = np.packbits(self.alive, bitorder="little").view(np.uint32)[lanes.warp]
+        alive = ballot(self.alive)[lanes.warp]
         if members is None:
             lacking = (present == alive) & (alive != 0xFFFFFFFF)
             if lacking.any():
@@ -385,9 +376,6 @@ class Wave:
             return present == 0xFFFFFFFF
         need = members & alive
         return (present & need) == need
-
-    def wait_for_warp(self, pc: int, lanes: Lanes) -> None:
-        self.stall(pc, lanes)
 
     def spread(self, value: np.ndarray, lanes: Lanes) -> np.ndarray:
         """[lanes.count] -> [size], zero elsewhere."""
@@ -488,11 +476,11 @@ class Wave:
     def position(self, lane: int) -> str:
         """block (x, y, z), thread (x, y, z) of a lane."""
         block = self.block_position(self.first_block + int(self.block_of[lane]))
-        return f"block {block}, thread {_split(int(self.thread[lane]), self.launch.shape.block)}"
+        return f"block {block}, thread {position_of(int(self.thread[lane]), self.launch.shape.block)}"
 
     def block_position(self, number: int) -> tuple[int, int, int]:
         """(x, y, z) of a block of the launch."""
-        return _split(number, self.launch.shape.grid)
+        return position_of(number, self.launch.shape.grid)
 
     def error(self, pc: int, fault: Fault) -> EmulatorError:
         i = self.kernel.instructions[pc]

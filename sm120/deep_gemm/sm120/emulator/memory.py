@@ -216,11 +216,11 @@ class GlobalMemory:
 class Scratch:
     """Shared memory (one row per block) or local memory (one row per lane), filled with 0xFF: NaN to all who look."""
 
-    def __init__(self, name: str, rows: int, nbytes: int, start: int = 0):
+    def __init__(self, name: str, rows: int, nbytes: int, row: np.ndarray, start: int = 0):
         self.name, self.start, self.end = name, start, start + nbytes
+        self.row = row  # [lanes of the wave]
         self.stride = -(-self.end // 128) * 128
         self.region = Region(name, np.full(rows * self.stride, 0xFF, np.uint8))
-        self.row: np.ndarray | None = None  # [lanes of the wave] set by the wave
 
     def locate(self, lanes: Lanes, addresses: np.ndarray, nbytes: int, kind: str) -> list[Part]:
         check_aligned(lanes, addresses, nbytes, f"{self.name} {kind}")

@@ -249,7 +249,7 @@ def warp_step(i: Instruction, body: Step, members: Read | None = None) -> Step:
         ready = wave.together(i, lanes, None if members is None else members(wave, lanes))
         if ready.all():
             return body(wave, lanes)
-        wave.wait_for_warp(i.pc, lanes.where(~ready))
+        wave.stall(i.pc, lanes.where(~ready))
         now = lanes.where(ready)
         if now is None:
             return []

@@ -116,7 +116,6 @@ class Variable:
 @dataclass
 class Kernel:
     name: str
-    line: int
     params: dict[str, Variable] = field(default_factory=dict)
     param_bytes: int = 0
     variables: dict[str, Variable] = field(default_factory=dict)
@@ -230,7 +229,7 @@ class Parser:
 
     def _function(self, header: re.Match) -> int:
         text, position = self.text, header.end()
-        kernel = Kernel(header.group(2), self.line(header.start()))
+        kernel = Kernel(header.group(2))
         if text.startswith("(", position):
             end = text.index(")", position)
             for declaration in filter(None, (part.strip() for part in text[position + 1 : end].split(","))):

@@ -9,8 +9,11 @@
 //   kRowBytes      bytes of one head's query, or of one key
 //   kLoaded        words of a row that a lane holds after `load`
 //   kWords         words of a row that a lane holds as operand, after `widen`; two of them feed one mma
+//   kSteps         mma for 16 heads and 8 keys
 //   lane_offset    where in a row the words of a lane begin
 //   load           the lane's words of a row, given the address of the first
+//   widen          from the words as they were loaded to operands
+//   QueryScales    of all heads, what a lane holds of them
 //   multiply       one step, all heads: scores[tile] += query[tile][step] * key
 //   kScaleFirst    whether multiply needs the scale of a key, or finish does
 //   scale_key      which of 32 keys this lane loads the scale of

@@ -1,8 +1,10 @@
-// A block's warps and a group of tokens that (are likely to) see the same keys: tokens are shared out first, then keys.
+// A block's warps and a group of tokens that (are likely to) see the same keys.
 //
-// A key leaves L2 once, for the block, and is found in L1 by the warps of the other tokens. Warps never meet: each works out
-// for itself what it takes.
-//
+// Block   takes up to kSize neighbouring tokens at a time. A key leaves L2 once, and is found in L1 by the warps of the other
+//         tokens.
+// Warp    takes kTokens of them, and where that leaves warps over, a share of the keys. Warps never meet: each works out for
+//         itself what it takes.
+// Lane    i has the window of token i of the group.
 // Bound   64 heads of 128: 64 FP8 or 32 FP4 mma for 32 keys and one token, 1024 or 512 clocks of a tensor pipe, against 4224
 //         or 2176 bytes of keys. One token a request is bound by DRAM; more tokens, or rows that share keys, by the tensor
 //         pipe. Registers are what is scarce: 64 heads of FP8 take 64 of a warp's 168. Where heads are few a warp takes

@@ -4,7 +4,8 @@
 // What a source says:
 //   Params             what the launcher hands in
 //   last_key           that may be read, of a row whose keys end before `end`
-//   alike              whether rows have the same keys, so that one look serves them all
+//   kRowsDiffer        whether rows have keys of their own at all
+//   alike              whether two rows have the same keys in some tiles, so that one look serves both
 //   kFromZero          whether every window begins with key 0
 //   open               the tiles to come are tile, tile + step, ...
 //   opened             whether the next of them can be located, or `open` is due

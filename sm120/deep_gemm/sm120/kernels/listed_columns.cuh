@@ -6,6 +6,7 @@
 //
 // Grid    x: rows. It runs beside the kernel before it, the logits': lists and lengths are older than that one, which has
 //         waited for them.
+// Block   a thread an entry, kThreads entries at a time.
 // Bound   latency, of three dependent loads; 4 bytes an entry.
 #pragma once
 

@@ -277,9 +277,9 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), inverse, spare)
 
 
-def _fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima) -> dict[str, torch.Tensor]:
-    """What paged and ragged keys have in common, and what is written. Filled field by field: keywords take twice as
-    long."""
+def fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima=None) -> dict[str, torch.Tensor]:
+    """What paged, ragged and listed keys have in common, and what is written. Filled field by field: keywords take
+    twice as long."""
     p.query = query.data_ptr()
     p.query_scales = None if query_scales is None else query_scales.data_ptr()
     p.weights = weights.data_ptr()
@@ -312,7 +312,7 @@ def paged(
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
     p = PagedParams()
-    outputs = _fill(p, query, query_scales, weights, kv_cache, windows, out, maxima)
+    outputs = fill(p, query, query_scales, weights, kv_cache, windows, out, maxima)
     p.block_table = block_table.data_ptr()
     p.schedule = schedule_meta.data_ptr()
     p.page_stride = page_stride
@@ -350,7 +350,7 @@ def ragged(
 ) -> None:
     """Starts the kernel on checked arguments; shapes as in `ragged.fp8_fp4_mqa_logits`. Compressed if `columns`."""
     p = RaggedParams()
-    outputs = _fill(p, query, query_scales, weights, keys, windows, out, maxima)
+    outputs = fill(p, query, query_scales, weights, keys, windows, out, maxima)
     p.key_scales = key_scales.data_ptr()
     p.columns = columns
     inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}

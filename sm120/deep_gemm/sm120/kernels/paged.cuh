@@ -2,7 +2,7 @@
 //
 //   logits[token, key] = scale[key] * sum_h weights[token, h] * relu(query[token, h] . key)
 //
-// Grid    one block for each slot of the schedule.
+// Grid    one block for each slot, as many as the schedule has.
 // Who takes which keys of which rows stands in rows.cuh; what a warp does with them in group.cuh and stream.cuh, which are
 // made of formats.cuh (operands), score.cuh (queries and their scores), keys.cuh (where keys lie) and sinks.cuh (logits).
 #pragma once

@@ -4,7 +4,9 @@
 //
 // Grid    one block an SM. Each takes several groups of neighbouring tokens in turn, and of their keys a part. Its warps go
 //         from one to the next without waiting for each other.
-// What a block and its warps do with them stands in group.cuh and stream.cuh.
+// Lane    i has the window of token i of a group.
+// Bound   the tensor pipe: rows share their keys.
+// What a block and its warps do with a group stands in group.cuh and stream.cuh.
 #pragma once
 
 #include "group.cuh"

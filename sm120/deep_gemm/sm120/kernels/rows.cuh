@@ -1,11 +1,16 @@
-// Who takes which keys of which rows: the grid's blocks and warps, one block for each slot, kWarps warps each; one block an SM.
+// Who takes which keys of which rows. What is computed of them stands in paged.cuh and sparse.cuh, whose kernels this is.
 //
-// Few     rows (a decode step) of no more tokens than a block takes: the warps of the whole grid share out the tiles of all
-//         rows evenly, each finds its own. A schedule, in splits of 256 keys, is coarser than that, and reading it would be
-//         one more load that others wait for. With one row, two round trips follow each other: length and place, then query
-//         and keys.
+// Grid    one block for each slot, of kWarps warps; one block an SM.
+// One     row: its tiles go round the blocks, and then round the warps of each. Too few tiles: a warp takes 8 keys.
+// Few     rows (a decode step, up to 256): their tiles are cut into runs, as short as gives no warp two of them. No schedule:
+//         in splits of 256 keys it is coarser than that, and reading it is one more load that others wait for.
 // Many    rows (a prefill, or a very large batch): blocks take groups of `rows_per_group` neighbouring rows, over the part of
-//         their keys that the schedule gives the slot.
+//         their keys that the schedule gives the slot. group.cuh deals these out to warps.
+// Warp    works out alone what it takes, from lengths or the schedule: no warp waits for another.
+// Lane    few rows: has the length of one of them, or of eight; all lanes together find the warp's run. Many: has the window
+//         of one token of the group.
+// Bound   one row, few rows: DRAM where they are long, else latency. Of one row two round trips follow each other, length and
+//         place, then query and keys; of few rows three: lengths, place, then query and keys. Many rows: see group.cuh.
 //
 // What comes next is not set up before the last block is done: a top-k that waits meanwhile holds threads and shared memory that
 // are needed here (1 x 16K: 12.1 us together, and 11.3 so; H100, 28 Nov 2026).

@@ -1,4 +1,14 @@
 // What becomes of a tile's logits: they are stored, and, where they are wanted, so are the maxima of blocks of eight.
+//
+// Lane    has the logit of one of a tile's 32 keys, and stores it. The maximum of a block is found by three shuffles, and the
+//         lane with the block's first key stores it.
+//
+// What a sink, one token's row, says:
+//   open        begins a row
+//   take        this lane's logit, of any key; a key outside the window is dropped
+//   keep        from now on this lane has the key of that number in each tile
+//   take_of     its logit of a tile, if the key is in the window
+//   put         its logit of a tile that the window has whole
 #pragma once
 
 #include "ptx.cuh"
@@ -14,8 +24,7 @@ struct Output {
 
 constexpr uint32 kNoKey = 0xffffffff;
 
-// One token's row. `take` is called by all lanes of a warp, each with a key of its own; keys outside the window are dropped.
-// kApart: how the keys of a block of eight are spread over lanes (score.cuh).
+// All lanes of a warp call together. kApart: how the keys of a block of eight are spread over lanes (score.cuh).
 template <class Logit>
 struct Stored {
     Logit* row;                  // column of key 0
@@ -33,12 +42,11 @@ struct Stored {
         if (n < count) row[n] = Logit(logit);
     }
 
-    // After `keep` this lane's key of a tile is always number `key`, so the tile says which it is.
     __device__ void keep(uint32 key) { row += int(key - begin), begin -= key; }
     __device__ void take_of(uint32 tile, float logit) const {
         if (tile * kTile - begin < count) put(tile, logit);
     }
-    __device__ void put(uint32 tile, float logit) const { row[int64(tile) * kTile] = Logit(logit); }       // in the window
+    __device__ void put(uint32 tile, float logit) const { row[int64(tile) * kTile] = Logit(logit); }
 };
 
 // Instead of the type of the logits: of that type, and with the maxima of blocks. Block b is keys 8b to 8b + 7, those of them

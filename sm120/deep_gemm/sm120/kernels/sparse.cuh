@@ -7,6 +7,7 @@
 // (rows.cuh): the columns of a row are its keys, and keys.cuh finds them.
 //
 // Grid    one block for each slot.
+// One     row is `SparseEights`, below, where it has no more blocks than the grid's warps take.
 // Many    rows are a prefill, whose neighbours have most blocks in common and lists in the same order. The warps of a block
 //         take neighbours over the same columns, so they come to the blocks that they share at about the same time, and find
 //         them in L1.

@@ -1,7 +1,14 @@
-// The inner loop: one warp, the tokens whose queries it holds, and tile after tile of keys.
+// The inner loop: one warp, the tokens whose queries it holds, and tile after tile of 32 keys.
 //
-// Keys go from global memory straight into B fragments: while one half of a tile is multiplied, the same half of the next
-// tile is on its way. No shared memory, no barrier.
+// Keys go from global memory straight into B fragments: as soon as one half of a tile has been multiplied, the same half of
+// the next tile is asked for. No shared memory, no barrier.
+//
+// Lane    loads its words of four keys of a tile (formats.cuh) and the scale of one; in the end it has the logit of one key
+//         for each token (score.cuh), and stores it.
+// Loops   two: kMany (many rows, ragged) keeps what it would else work out in each turn; the other one (one row, few rows)
+//         begins sooner.
+// Bound   kMany: the tensor pipe, and beside it issue slots. For 32 keys and 64 heads, 64 FP8 or 32 FP4 mma stand among some
+//         240 other instructions, of which relu and weights are 128. The other one: DRAM, and the latency of its loads.
 #pragma once
 
 #include "keys.cuh"

@@ -246,24 +246,8 @@ def negative(i: Instruction):
 # --- logic and shifts ------------------------------------------------------------------------------------------------
 
 
-@elementwise("and")
-def and_(i: Instruction):
-    return np.bitwise_and
-
-
-@elementwise("or")
-def or_(i: Instruction):
-    return np.bitwise_or
-
-
-@elementwise("xor")
-def xor(i: Instruction):
-    return np.bitwise_xor
-
-
-@elementwise("not")
-def not_(i: Instruction):
-    return np.invert
+for _name, _function in {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}.items():
+    elementwise(_name)(lambda i, function=_function: function)
 
 
 @elementwise("cnot")

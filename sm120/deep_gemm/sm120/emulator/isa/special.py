@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from ..lanes import WARP
+from ..lanes import WARP, position_of
 from ..operands import SPECIAL
 
 
@@ -15,9 +15,9 @@ def special(name: str):
 
     def register(make):
         def value(wave):
-            if name not in wave.special:
-                wave.special[name] = np.asarray(make(wave))
-            return wave.special[name]
+            if name not in wave.state:
+                wave.state[name] = np.asarray(make(wave))
+            return wave.state[name]
 
         SPECIAL[name] = value
         return make
@@ -25,22 +25,25 @@ def special(name: str):
     return register
 
 
-def _split(number: np.ndarray, extent: tuple[int, int, int], axis: int) -> np.ndarray:
-    before = (1, extent[0], extent[0] * extent[1])[axis]
-    return (number // before % extent[axis]).astype(np.uint32)
-
-
 def _block(wave) -> np.ndarray:
     return wave.first_block + wave.block_of
 
 
+def _thread_at(wave, axis: int) -> np.ndarray:
+    return position_of(wave.thread, wave.launch.shape.block)[axis].astype(np.uint32)
+
+
+def _block_at(wave, axis: int) -> np.ndarray:
+    return position_of(_block(wave), wave.launch.shape.grid)[axis].astype(np.uint32)
+
+
 for _axis, _letter in enumerate("xyz"):
-    special(f"%tid.{_letter}")(lambda wave, a=_axis: _split(wave.thread, wave.launch.shape.block, a))
-    special(f"%ctaid.{_letter}")(lambda wave, a=_axis: _split(_block(wave), wave.launch.shape.grid, a))
+    special(f"%tid.{_letter}")(lambda wave, a=_axis: _thread_at(wave, a))
+    special(f"%ctaid.{_letter}")(lambda wave, a=_axis: _block_at(wave, a))
     special(f"%ntid.{_letter}")(lambda wave, a=_axis: np.uint32(wave.launch.shape.block[a]))
     special(f"%nctaid.{_letter}")(lambda wave, a=_axis: np.uint32(wave.launch.shape.grid[a]))
     # Every block is a cluster of its own.
-    special(f"%clusterid.{_letter}")(lambda wave, a=_axis: _split(_block(wave), wave.launch.shape.grid, a))
+    special(f"%clusterid.{_letter}")(lambda wave, a=_axis: _block_at(wave, a))
     special(f"%nclusterid.{_letter}")(lambda wave, a=_axis: np.uint32(wave.launch.shape.grid[a]))
     special(f"%cluster_ctaid.{_letter}")(lambda wave: np.uint32(0))
     special(f"%cluster_nctaid.{_letter}")(lambda wave: np.uint32(1))
