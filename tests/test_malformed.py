@@ -1,5 +1,6 @@
 """Every argument of every function, wrong in every way: an ArgumentError that names it, and nothing is launched."""
 
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -297,6 +298,20 @@ def test_results_that_require_grad(name: str, launches: list[str]) -> None:
         if output in arguments and arguments[output].is_floating_point():
             there = arguments[output].clone().requires_grad_()
             refusal(call, {**arguments, output: there}, output, (f"{output}: ",), launches)
+
+
+def test_more_columns_than_an_int32_counts(launches: list[str]) -> None:
+    """In addresses that no memory stands behind, since nobody touches it."""
+    unreserved = 0x4000  # MAP_NORESERVE; Python names it from 3.11 on
+    room = mmap.mmap(-1, 2**36, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
+    room = torch.frombuffer(room, dtype=torch.uint8)
+    many, lengths = room[: 2**33].view(torch.float32).view(1, -1), torch.tensor([9], dtype=INT32)
+    halves = many.view(torch.bfloat16)
+    refusal(sm120.topk, {"logits": halves, "lengths": lengths, "k": 4}, "logits", ("2^31 columns",), launches)
+    refusal(sm120.candidate_blocks, {"block_max": many, "context_lens": lengths}, "maxima", ("2^31 columns",), launches)
+    few = dict(zip(("q", "kv", "weights", "ks", "ke"), Ragged([3], [9], 20, 8, 32).arguments()))
+    few["kv"] = room.view(torch.float8_e4m3fn).view(-1, 32), many[0]
+    refusal(deep_gemm.fp8_mqa_logits, {**few, "max_seqlen_k": 8}, "keys", ("kv: expected fewer than 2^31",), launches)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

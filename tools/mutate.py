@@ -628,6 +628,7 @@ MUTATIONS = {
         "or rows * table_stride >= 2**«31 → 33»:",
         "if context_lens.dim() == 2 and context_lens.shape[1] != «1 → 2»:",
         "schedule_meta.data_ptr() % «8 → 4»:",
+        "if keys.shape[0] >= 2**«31 → 63»:",
         "if «out.requires_grad → False»:",
         "rows > 1 and row_stride «< → <=» columns:",
         "-(-columns // per_row) * «per_row → 1»",

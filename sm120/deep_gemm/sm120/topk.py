@@ -71,8 +71,8 @@ def topk(
     device = checks.on_a_device("logits", logits)
     checks.tensor("logits", logits, _REAL, (_ROWS, _COLUMNS), device)
     rows, columns = logits.shape
-    if columns > 1 and logits.stride()[1] != 1:
-        refuse("logits", logits, "stride 1 in the last dimension")
+    if columns > 1 and logits.stride()[1] != 1 or columns >= 2**31:
+        refuse("logits", logits, "stride 1 in the last dimension, and fewer than 2^31 columns")
     checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device, "logits"))
     checks.integer("k", k, 1, LARGEST_K)
     if starts is not None:
@@ -145,8 +145,8 @@ def candidate_blocks(
     device = checks.on_a_device("block_max", block_max)
     checks.tensor("block_max", block_max, (torch.float32,), (_ROWS, _COLUMNS), device)
     rows, columns = block_max.shape
-    if columns > 1 and block_max.stride()[1] != 1:
-        refuse("block_max", block_max, "stride 1 in the last dimension")
+    if columns > 1 and block_max.stride()[1] != 1 or columns >= 2**31:
+        refuse("block_max", block_max, "stride 1 in the last dimension, and fewer than 2^31 columns")
     _lengths_of_rows(context_lens, rows, device)
     checks.integer("width", width, 1, LARGEST_K)
     checks.integer("block", block, 1, 2**16)
