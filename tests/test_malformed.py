@@ -11,7 +11,7 @@ from test_arguments import moved
 
 import deep_gemm
 from deep_gemm import sm120
-from deep_gemm.sm120 import ArgumentError
+from deep_gemm.sm120 import ArgumentError, debug
 from deep_gemm.sm120.jit import runtime
 
 INT32 = torch.int32
@@ -228,6 +228,17 @@ def test_arguments_of_other_kinds(name: str, launches: list[str]) -> None:
                 continue
             names = (argument, *ALIASES.get(argument, ()))
             refusal(call, {**arguments, argument: bad}, f"{argument} ({what})", names, launches)
+
+
+@each
+def test_what_has_no_memory_is_not_looked_at(name: str, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In debug mode either, which looks at what integers say before launches look at addresses."""
+    monkeypatch.setattr(debug, "ON", True)
+    call, arguments = FUNCTIONS[name]
+    for argument, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.dtype == INT32 and argument not in (*OUTPUTS, "indices"):
+            names = (argument, *ALIASES.get(argument, ()), *arguments)  # or another, which debug mode knows to be wrong
+            refusal(call, {**arguments, argument: freed(value)}, argument, names, launches)
 
 
 @each

@@ -22,11 +22,13 @@ _SPLIT = 256  # keys, or columns, that a schedule counts as one
 
 
 def _unless_captured(look: Callable) -> Callable:
-    """`look`, unless the current stream is being captured, and must not be waited for."""
+    """`look`, unless the current stream is being captured, and must not be waited for; or a tensor has no memory, which
+    the launch refuses."""
 
     @functools.wraps(look)
     def looked(*tensors, **sizes) -> None:
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not captured and all(tensor is None or tensor.data_ptr() or not tensor.numel() for tensor in tensors):
             look(*(None if tensor is None else tensor.cpu().long() for tensor in tensors), **sizes)
 
     return looked
