@@ -34,6 +34,7 @@ test: $(VENV)/.$(KIND)
 
 fuzz: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py tests/test_topk_garbage.py $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz -k "garbage or any_" tests/test_block_max.py tests/test_sparse_topk.py $(ARGS)
 
 soak: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --soak=100000 tests/test_soak.py $(ARGS)

@@ -106,6 +106,51 @@ def scored_and_chosen(problem: Ragged) -> Call:
     return call
 
 
+def paged_and_chosen(problem: Paged) -> Call:
+    """Logits, maxima and a choice in one, of whole requests."""
+    q, cache, weights, lengths, table, _, columns = problem.arguments(None)
+    expected = problem.expected()
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, k = rng.randint(1, BATCH), rng.randint(1, 64)
+        rows = batch * problem.next_n
+        plan = deep_gemm.get_paged_mqa_logits_metadata(lengths[:batch], problem.block_kv, rng.randint(1, 188))
+        scores = torch.empty(rows, k, device=problem.device)
+        sm120.fp8_fp4_paged_mqa_topk(
+            q[:batch], cache, weights[:rows], lengths[:batch], table[:batch], plan, columns, k, scores=scores
+        )
+        return scores.sort(descending=True).values, expected[:rows].topk(k).values
+
+    return call
+
+
+def candidates(problem: Paged, consumer: Sparse) -> Call:
+    """A step of V4.1: the maxima of a source's blocks, candidates, and a consumer's choice among them. What can be
+    compared is how many keys each row has."""
+    q, cache, weights, lengths, table, _, columns = problem.arguments(None)
+
+    def call(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = rng.randint(1, BATCH)
+        plan = deep_gemm.get_paged_mqa_logits_metadata(lengths[:rows], problem.block_kv, rng.randint(1, 188))
+        maxima = torch.empty(rows, -(-columns // 8), device=problem.device)
+        deep_gemm.fp8_fp4_paged_mqa_logits(
+            tuple(part[:rows] for part in q), cache, weights[:rows], lengths[:rows], table[:rows], plan, columns,
+            block_max=maxima,
+        )  # fmt: skip
+        lists = sm120.candidate_blocks(maxima, lengths[:rows], consumer.width)
+        page, some = problem.block_kv, (lengths[:rows], table[:rows])
+        metadata = deep_gemm.get_paged_sparse_mqa_logits_metadata(*some, None, page, lists, torch.int8, 8)
+        queries, k = tuple(part[:rows] for part in consumer.q), 8 * consumer.width
+        out = sm120.fp8_fp4_paged_sparse_mqa_topk(
+            queries, cache, consumer.weights[:rows], metadata, consumer.width, 8, lists, lengths[:rows], k
+        )
+        seen = lengths[:rows].flatten()  # the last of the candidates is the newest block, which may not be full
+        most = torch.where(seen > k, k - 8 + (seen - 1) % 8 + 1, seen)
+        return (out >= 0).sum(dim=1).double(), most.double()
+
+    return call
+
+
 def calls_on(device: str) -> list[Call]:
     """What a server of several models mixes: they differ in whatever a kernel is compiled for."""
     made = []
@@ -116,6 +161,9 @@ def calls_on(device: str) -> list[Call]:
     run = Ragged([0] * BATCH, ends, 200, heads=8, device=device)
     listed = [Sparse(ends, heads=8, block_kv=page, width=9, device=device) for page in (64, 0)]
     logits = torch.randn(3, 12_000, device=device)
+    tokens = Paged([[end, end] for end in ends], next_n=2, heads=8, device=device)
+    source = Paged([[end + 1] for end in ends], heads=8, fp4=True, device=device)
+    made += [paged_and_chosen(tokens), candidates(source, Sparse(ends, heads=8, width=9, device=device))]
     return [*made, ragged(run), *map(sparse, listed), chosen(logits), chosen(logits.bfloat16()), scored_and_chosen(run)]
 
 

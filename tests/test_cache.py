@@ -190,6 +190,20 @@ def test_a_folder_that_others_can_write(folder: Path, mode: int) -> None:
     assert cache.get(name) == content
 
 
+def test_a_folder_that_is_named_from_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, content, file = stored(folder)
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", folder.name)
+    assert cache.get(name) == content
+    file.chmod(0o666)
+    missed(name, f"cache: {folder.name}/{name}: ")
+    folder.chmod(0o777)
+    missed(name, f"cache: {folder.name}: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.put(name, content)  # nothing is said twice
+
+
 @root_only
 def test_a_folder_of_somebody_else(folder: Path) -> None:
     name, _, _ = stored(folder)

@@ -14,6 +14,7 @@ import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import ArgumentError, debug, settings
 
+ROW = 192 + 2 * (16 + 4 * 20)  # byte at which row 2 of metadata begins, of lists of 20 blocks
 GARBAGE = [-(2**31), -1, 2**31 - 1]
 
 
@@ -57,6 +58,17 @@ def test_lists_and_their_metadata(device: str, block_kv: int) -> None:
         refused(problem.metadata, f"sparse_kv_block_indices[0, 3], row 0, is {value}; expected a block")
     other = Sparse([300, 0, 37], width=20, block=16, block_kv=block_kv, heads=8, device=device).metadata()
     refused(lambda: problem.logits(other), "metadata[0], row 0, is ", "expected the seal ")
+    for offset, value, words in [
+        (0, 7, "metadata[0], row 0, is 7; expected the header"),
+        (4, 2, "metadata[1], row 1, is 2; expected the header, "),
+        (ROW + 4, 168, "metadata[2], row 2, is 168; expected the columns of up to 20 blocks of 8 keys"),
+        (ROW + 4, 9, "metadata[2], row 2, is 9; expected the columns"),
+        (ROW + 4, -8, f"metadata[2], row 2, is {2**32 - 8}; expected the columns"),
+        (ROW + 8, 2, "metadata[2], row 2, is 2; expected the number of splits of the rows before it"),
+    ]:
+        spoiled = metadata.clone()
+        spoiled.view(torch.int32)[offset // 4] = value
+        refused(lambda spoiled=spoiled: problem.logits(spoiled), words)
 
 
 def test_lists_of_pages_that_are_not_there(device: str) -> None:

@@ -298,3 +298,25 @@ def test_sparse(device: str, data: st.DataObject) -> None:
     with ends():
         problem.logits(metadata, out)
     assert_rows_apart(out)
+
+
+@pytest.mark.parametrize("fp4", [False, True])
+def test_where_listed_blocks_lie_that_are_nowhere(device: str, fp4: bool) -> None:
+    """Past the table's columns on its last one's page; on a page that there is not, in the cache's last block."""
+    problem = Sparse([100, 300, 64], width=13, heads=8, fp4=fp4, device=device)
+    table = problem.block_table = problem.block_table.contiguous()
+    pages, columns, blocks = len(problem.kv_cache), table.shape[1], 64 // 8
+    table[0, -1] = 2  # where what lies past the columns is
+    problem.lists[0, :5] = torch.tensor([-1, 2**31 - 1, columns * blocks, 3, columns * blocks - 1], dtype=torch.int32)
+    problem.lists[1] = torch.arange(13)
+    table[1, 0], table[1, 1] = -1, pages
+    table[2, 0] = 2**31 - 1
+    out = poisoned(3, 13 * 8, torch.bfloat16, device)
+    problem.logits(problem.metadata(), out)
+    ids = problem.lists.long() % 2**32
+    on_page = table.long().gather(1, (ids // blocks).clamp(max=columns - 1)) % 2**32
+    problem.lists = (on_page * blocks + ids % blocks).clamp(max=pages * blocks - 1).to(torch.int32)
+    problem.block_table = torch.arange(pages, dtype=torch.int32, device=device).repeat(3, 1)
+    meant = poisoned(3, 13 * 8, torch.bfloat16, device)
+    problem.logits(problem.metadata(), meant)
+    assert torch.equal(out, meant) and (out != POISON).sum() == (13 + 13 + 8) * 8

@@ -1,5 +1,6 @@
 """Every argument of every function, wrong in every way: an ArgumentError that names it, and nothing is launched."""
 
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +11,10 @@ from test_arguments import moved
 
 import deep_gemm
 from deep_gemm import sm120
-from deep_gemm.sm120 import ArgumentError
+from deep_gemm.sm120 import ArgumentError, debug
 from deep_gemm.sm120.jit import runtime
 
 INT32 = torch.int32
-CSR = (torch.int32, torch.float32, torch.bfloat16)  # what a sparse tensor may hold
 OUTPUTS = ("out", "positions", "scores", "pages", "workspace", "block_max")
 ALIGNMENT = {"schedule_meta": 8, "metadata": 16, "workspace": 16}  # bytes; else those of an element, or 4
 # Under what other names an argument may stand in an error.
@@ -151,6 +151,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
+def packed(value: torch.Tensor) -> torch.Tensor:
+    """Of the same shape, without strides."""
+    if value.dim() < 2 or value.dtype == torch.float8_e4m3fn:
+        return torch.ones(value.shape).to_sparse()
+    return torch.ones_like(value, memory_format=torch.contiguous_format).to_sparse_csr()
+
+
 def freed(value: torch.Tensor) -> torch.Tensor:
     """As whoever saves memory between steps leaves a tensor: shape and strides, but no storage."""
     gone = value.clone()
@@ -175,7 +182,7 @@ def wrong(value: Any) -> Iterator[tuple[str, Any]]:
             ("of bools", torch.zeros(value.shape, dtype=torch.bool)),
             ("without a dimension", torch.zeros((), dtype=value.dtype)),
             ("sparse", torch.eye(3).to_sparse()),
-            ("of packed rows", value.to_sparse_csr() if value.dim() == 2 and value.dtype in CSR else 3),
+            ("of packed rows", packed(value)),
             ("whose memory is gone", freed(value)),
             ("of five dimensions", value.view(*[1] * (5 - value.dim()), *value.shape)),
             ("with holes", wide[..., 0]),
@@ -221,6 +228,17 @@ def test_arguments_of_other_kinds(name: str, launches: list[str]) -> None:
                 continue
             names = (argument, *ALIASES.get(argument, ()))
             refusal(call, {**arguments, argument: bad}, f"{argument} ({what})", names, launches)
+
+
+@each
+def test_what_has_no_memory_is_not_looked_at(name: str, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In debug mode either, which looks at what integers say before launches look at addresses."""
+    monkeypatch.setattr(debug, "ON", True)
+    call, arguments = FUNCTIONS[name]
+    for argument, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.dtype == INT32 and argument not in (*OUTPUTS, "indices"):
+            names = (argument, *ALIASES.get(argument, ()), *arguments)  # or another, which debug mode knows to be wrong
+            refusal(call, {**arguments, argument: freed(value)}, argument, names, launches)
 
 
 @each
@@ -291,6 +309,20 @@ def test_results_that_require_grad(name: str, launches: list[str]) -> None:
         if output in arguments and arguments[output].is_floating_point():
             there = arguments[output].clone().requires_grad_()
             refusal(call, {**arguments, output: there}, output, (f"{output}: ",), launches)
+
+
+def test_more_columns_than_an_int32_counts(launches: list[str]) -> None:
+    """In addresses that no memory stands behind, since nobody touches it."""
+    unreserved = 0x4000  # MAP_NORESERVE; Python names it from 3.11 on
+    room = mmap.mmap(-1, 2**36, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
+    room = torch.frombuffer(room, dtype=torch.uint8)
+    many, lengths = room[: 2**33].view(torch.float32).view(1, -1), torch.tensor([9], dtype=INT32)
+    halves = many.view(torch.bfloat16)
+    refusal(sm120.topk, {"logits": halves, "lengths": lengths, "k": 4}, "logits", ("2^31 columns",), launches)
+    refusal(sm120.candidate_blocks, {"block_max": many, "context_lens": lengths}, "maxima", ("2^31 columns",), launches)
+    few = dict(zip(("q", "kv", "weights", "ks", "ke"), Ragged([3], [9], 20, 8, 32).arguments()))
+    few["kv"] = room.view(torch.float8_e4m3fn).view(-1, 32), many[0]
+    refusal(deep_gemm.fp8_mqa_logits, {**few, "max_seqlen_k": 8}, "keys", ("kv: expected fewer than 2^31",), launches)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

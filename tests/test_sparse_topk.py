@@ -326,6 +326,25 @@ def test_debug_mode_looks_whether_lists_ascend(monkeypatch: pytest.MonkeyPatch) 
         sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5)
 
 
+@pytest.mark.parametrize("value, words", [(-1, "expected 0 or more"), (97, "blocks"), (2**31 - 1, "blocks")])
+def test_debug_mode_names_lengths_that_the_metadata_were_not_made_from(
+    value: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where lists are long enough for any length, nothing but the metadata tells what it was."""
+    monkeypatch.setattr(debug, "ON", True)
+    problem = Sparse([40, 96, 200], width=13, heads=8)
+    problem.lists[:] = torch.arange(13)
+    metadata, out = problem.metadata(), poisoned(3, 5, torch.int32, "cpu")
+    problem.context_lens[0] = 33  # of as many blocks
+    sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5)
+    problem.context_lens[1] = value
+    with pytest.raises(ArgumentError) as caught:
+        sm120.fp8_fp4_paged_sparse_mqa_topk(*arguments(problem, metadata), 5, out=out)
+    place = f"context_lens[1], row 1, is {value}; "
+    assert f"fp8_fp4_paged_sparse_mqa_topk: {place}" in str(caught.value) and words in str(caught.value)
+    assert (out == POISON).all()
+
+
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a", "sm_121f"])
 def test_other_cards(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DG_SM120_ARCH", arch)

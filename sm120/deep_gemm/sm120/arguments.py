@@ -190,6 +190,8 @@ def key_run(
         refuse("kv", kv, "(keys, scales)")
     keys, scales = kv
     checks.contiguous("kv", checks.tensor("kv", keys, PACKED_E2M1 if fp4 else E4M3, (_KEYS, row_bytes), device, "q"))
+    if keys.shape[0] >= 2**31:
+        refuse("kv", keys, "fewer than 2^31 keys")
     checks.tensor("kv scales", scales, INT32 if fp4 or mx else FP32, keys.shape[:1], device, "kv")
     return keys, checks.contiguous("kv scales", scales)
 

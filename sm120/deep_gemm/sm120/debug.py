@@ -14,19 +14,21 @@ import torch
 from torch.nn import functional
 
 from .checks import ArgumentError
-from .kernels.sparse import FIRST_ROW
+from .kernels.sparse import FIRST_ROW, MAGIC
 
 ON = os.environ.get("DG_SM120_DEBUG") == "1"
 
-_SPLIT = 256  # keys that the schedule counts as one
+_SPLIT = 256  # keys, or columns, that a schedule counts as one
 
 
 def _unless_captured(look: Callable) -> Callable:
-    """`look`, unless the current stream is being captured, and must not be waited for."""
+    """`look`, unless the current stream is being captured, and must not be waited for; or a tensor has no memory, which
+    the launch refuses."""
 
     @functools.wraps(look)
     def looked(*tensors, **sizes) -> None:
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not captured and all(tensor is None or tensor.data_ptr() or not tensor.numel() for tensor in tensors):
             look(*(None if tensor is None else tensor.cpu().long() for tensor in tensors), **sizes)
 
     return looked
@@ -136,12 +138,34 @@ def paged_lists(
 
 
 @_unless_captured
-def sparse_metadata(metadata: torch.Tensor, *, rows: int, pitch: int, seal: int, block: int, places: int) -> None:
-    """Each row begins with the seal of the sizes that the call has, and its blocks lie where there are keys."""
-    bytes_ = metadata[FIRST_ROW : FIRST_ROW + rows * pitch].view(rows, pitch // 4, 4)
-    words = (bytes_ << torch.arange(0, 32, 8)).sum(dim=2)
-    seals, columns, blocks = words[:, 0], words[:, 1], words[:, 4:]
+def sparse_metadata(
+    metadata: torch.Tensor,
+    context_lens: torch.Tensor | None,
+    *,
+    rows: int,
+    pitch: int,
+    seal: int,
+    width: int,
+    block: int,
+    places: int,
+) -> None:
+    """A header for so many rows; each begins with the seal of the sizes that the call has, says how many columns it has
+    and how many splits there are before it, and its blocks lie where there are keys. `context_lens`, if they are given,
+    are of as many blocks."""
+    words = (metadata[: FIRST_ROW + rows * pitch].view(-1, 4) << torch.arange(0, 32, 8)).sum(dim=1)
+    head, words = words[:2], words[FIRST_ROW // 4 :].view(rows, pitch // 4)
+    wrong = torch.stack([head[0] != MAGIC, head[1] < rows])
+    _look("metadata", head, wrong, f"the header, {MAGIC} and the number of rows, of metadata for {rows} rows or more")
+    seals, columns, before, blocks = words[:, 0], words[:, 1], words[:, 2], words[:, 4:]
     _look("metadata", seals, seals != seal, f"the seal {seal} of metadata made for these sizes")
+    wrong = (columns > width * block) | (columns % block != 0)
+    _look("metadata", columns, wrong, f"the columns of up to {width} blocks of {block} keys")
+    splits = (columns + _SPLIT - 1) // _SPLIT
+    _look("metadata", before, before != splits.cumsum(0) - splits, "the number of splits of the rows before it")
+    if context_lens is not None:
+        lens = context_lens.flatten()
+        wrong = ((lens + block - 1) // block).clamp(max=width) != columns // block
+        _look("context_lens", lens, wrong, "a length of as many blocks as the metadata have of the row")
     listed = torch.arange(blocks.shape[1]) < columns[:, None] // block
     _look("metadata", blocks, listed & (blocks >= places), f"a place from 0 to {places - 1}, where there are keys")
 

@@ -13,7 +13,8 @@ def get_paged_mqa_logits_metadata(
 ) -> torch.Tensor:
     """Plans paged logits: which 256-key splits of which rows each of `num_sms` blocks takes.
 
-    context_lens  int32 [batch] or [batch, next_n], contiguous: keys of each row; a row is as long as its longest token
+    context_lens  int32 [batch] or [batch, next_n], contiguous: keys of each row; a row is as long as its longest token.
+                  Less than zero is zero, and what is so long that all rows' splits would not count in 31 bits is cut
     block_kv      keys of a page, a multiple of 16
     num_sms       slots to plan for
     indices       int32 [batch]: which sequence each row belongs to; checked only, since rows are planned one by one

@@ -6,10 +6,10 @@ Queries and keys are MXFP4 or MXFP8: packed e2m1 or e4m3, times 2^(byte - 127) f
 scale bytes of a row standing in one int32. Which blocks a row has stands in the metadata, and so does where they lie:
 lists and block tables are not read again. One piece of metadata serves all layers of a step.
 
-Length of a row: of a run of N keys, a = min(ks, N), b = max(a, min(ke, N)), length b - a; of a cache, its context
-length. The first n = min(width, ceil(length / block)) entries of its list count; what follows is never looked at. Each
-entry stands for itself, so repeats and any order are fine. All n * block columns are written, those of keys past the
-length too; nothing past them is.
+Length of a row: of a run of N keys, a = min(max(ks, 0), N), b = max(a, min(ke, N)), length b - a; of a cache, its
+context length, from 0 to what the columns of the block table hold. The first n = min(width, ceil(length / block))
+entries of its list count; what follows is never looked at. Each entry stands for itself, so repeats and any order are
+fine. All n * block columns are written, those of keys past the length too; nothing past them is.
 
 Rounding: products and sums are fp32, and the sum over heads is rounded to bf16 once: as near to the exact sum as bf16
 comes. (DeepGEMM's SM100 kernels also round each head's relu, and every partial sum of four chains over the heads, which
@@ -78,11 +78,12 @@ def get_paged_sparse_mqa_logits_metadata(
     """What `fp8_fp4_paged_sparse_mqa_logits` needs to know of each row's blocks in a paged cache.
 
     context_lens             int32 of any shape, contiguous: the length of each row
-    block_table              int32 [rows, columns], any row stride, zero too: the pages of each row
+    block_table              int32 [rows, columns], any row stride, zero too: the pages of each row. A page that the
+                             cache will not have is taken for the cache's last block
     indices                  int32 [rows] or None: which request each row belongs to; checked only
     page_kv                  keys of a page, a multiple of the block
     sparse_kv_block_indices  int32 [rows, width], any row stride: block i is keys i * block, i * block + 1, ... of the
-                             row's context
+                             row's context; past the table's columns it lies on the last one's page
     qk_dtype                 torch.int8 (MXFP4) or torch.float8_e4m3fn (MXFP8); the metadata are the same
     sparse_block_kv          keys of a block: 8, 16, ... 64
 
@@ -201,10 +202,7 @@ def _sparse(
         return out
 
     if debug.ON:
-        debug.sparse_metadata(
-            metadata, rows=rows, pitch=sparse.pitch(width), seal=sparse.seal(width, block, page, unaligned),
-            block=block, places=places,
-        )  # fmt: skip
+        debug.sparse_metadata(metadata, None, **sparse.sizes(rows, width, block, page, unaligned), places=places)
     slots = sms_to_use(device)
     eights = logits.eights(rows, width * block, slots)
     addresses = (tensor.data_ptr() for tensor in (values, *keys.values()))

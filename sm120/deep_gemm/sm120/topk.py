@@ -49,7 +49,8 @@ def topk(
 
     logits       fp32 or bf16 [rows, columns], stride 1 in the last dimension; rows may be any distance apart
     lengths      int32 [rows]: row i chooses among `lengths[i]` columns from `starts[i]` on, none of them past the last;
-                 what lies outside is never looked at. The cost follows the lengths, not the width
+                 what lies outside is never looked at. Less than 0 is 0, of starts too. The cost follows the lengths,
+                 not the width
     k            1 to 2,048
     starts       int32 [rows]; without it 0. Positions count from there
     block_table  int32 [rows, columns], stride 1 in the last dimension: position p becomes
@@ -70,8 +71,8 @@ def topk(
     device = checks.on_a_device("logits", logits)
     checks.tensor("logits", logits, _REAL, (_ROWS, _COLUMNS), device)
     rows, columns = logits.shape
-    if columns > 1 and logits.stride()[1] != 1:
-        refuse("logits", logits, "stride 1 in the last dimension")
+    if columns > 1 and logits.stride()[1] != 1 or columns >= 2**31:
+        refuse("logits", logits, "stride 1 in the last dimension, and fewer than 2^31 columns")
     checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device, "logits"))
     checks.integer("k", k, 1, LARGEST_K)
     if starts is not None:
@@ -115,7 +116,7 @@ def candidate_blocks(
 
     block_max     fp32 [rows, columns], stride 1 in the last dimension: the maximum of each block's logits, as
                   `block_max` of the logits functions has it: the newest block is +inf, so that it is a candidate
-    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row
+    context_lens  int32, `rows` elements of any rank, contiguous: keys of each row; less than 0 is 0
     width         of the lists, 1 to 2,048
     block         keys of a block
     starts        int32 [rows]: rows within one run of keys; row i has keys starts[i] .. starts[i] + context_lens[i].
@@ -144,8 +145,8 @@ def candidate_blocks(
     device = checks.on_a_device("block_max", block_max)
     checks.tensor("block_max", block_max, (torch.float32,), (_ROWS, _COLUMNS), device)
     rows, columns = block_max.shape
-    if columns > 1 and block_max.stride()[1] != 1:
-        refuse("block_max", block_max, "stride 1 in the last dimension")
+    if columns > 1 and block_max.stride()[1] != 1 or columns >= 2**31:
+        refuse("block_max", block_max, "stride 1 in the last dimension, and fewer than 2^31 columns")
     _lengths_of_rows(context_lens, rows, device)
     checks.integer("width", width, 1, LARGEST_K)
     checks.integer("block", block, 1, 2**16)
@@ -356,7 +357,8 @@ def fp8_fp4_paged_sparse_mqa_topk(
     q ... sparse_block_kv    as in `fp8_fp4_paged_sparse_mqa_logits`
     sparse_kv_block_indices  int32 [rows, num_max_sparse_blocks], any row stride: what the metadata were made from, each
                              list ascending, as `candidate_blocks` makes them
-    context_lens             int32, `rows` elements of any rank, contiguous: the length of each row
+    context_lens             int32, `rows` elements of any rank, contiguous: the length of each row. If it is not what
+                             the metadata were made from, positions are of the row's list all the same, but not the best
     k                        1 to 2,048
     translate                places in the cache instead of positions: block_table[row, p // page_kv] * page_kv
                              + p % page_kv for position p, out of the metadata
@@ -392,8 +394,12 @@ def fp8_fp4_paged_sparse_mqa_topk(
         return out
     if debug.ON:
         lens = context_lens.view(-1)
+        debug.lengths(context_lens)
         debug.lists(lists, torch.zeros_like(lens), lens, block=block)
-        debug.ascending(lists, context_lens.view(-1), block=block)
+        debug.ascending(lists, lens, block=block)
+        if places := kv_cache.shape[0] * (page // block):
+            sizes = sparse.sizes(rows, width, block, page, False)
+            debug.sparse_metadata(metadata, context_lens, **sizes, places=places)
 
     logits, columns, rest = plan.parts_of(workspace)
     fp8_fp4_paged_sparse_mqa_logits(q, kv_cache, weights, metadata, width, block, out=logits)

@@ -65,7 +65,8 @@ def get(name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        say_once("A compiled kernel is not taken from the cache", folder() / (error.filename or ""), error)
+        where = folder() / name if error.filename == name else folder()
+        say_once("A compiled kernel is not taken from the cache", where, error)
         return None
     if digest(entry[_DIGEST_BYTES:]) != entry[:_DIGEST_BYTES]:
         return None

@@ -11,7 +11,7 @@ from .logits import Config, Lists, SparseParams, fill, plan_of_few, rows_per_gro
 from .windows import Windows
 
 # lists.cuh
-FIRST_ROW = 192
+FIRST_ROW, MAGIC = 192, 0x31534744
 _ROW_HEAD = 16
 
 _FEW_ROWS = 64
@@ -69,6 +69,12 @@ def seal(width: int, block: int, page: int, unaligned: bool) -> int:
     for word in (1, width, block, page, unaligned):
         digest = (digest ^ word) * 0x01000193 % 2**32
     return digest
+
+
+def sizes(rows: int, width: int, block: int, page: int, unaligned: bool) -> dict[str, int]:
+    """What metadata say of themselves, for the debug mode."""
+    made_for = seal(width, block, page, unaligned)
+    return {"rows": rows, "width": width, "block": block, "pitch": pitch(width), "seal": made_for}
 
 
 def list_blocks(
