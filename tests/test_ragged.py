@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from problems import Paged, Ragged, check, poisoned
 
 import deep_gemm
+from deep_gemm.sm120 import settings
 
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 
@@ -67,7 +68,10 @@ def test_nothing_at_all(device: str) -> None:
     assert run(Ragged([0, 0], [0, 0], 0, device=device)).shape == (2, 0)
 
 
-def test_one_row_of_many_keys(device: str) -> None:
+@pytest.mark.parametrize("sms", [1, 188])
+def test_one_row_of_many_keys(sms: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts; and, on one SM, in so long ones that a warp goes on from one whole tile to the next."""
+    monkeypatch.setattr(settings, "_num_sms", sms)
     run(Ragged([3], [50_000], 50_001, heads=16, dim=32, device=device))
 
 
@@ -135,17 +139,15 @@ def test_two_runs_and_rows_over_two_calls(device: str) -> None:
 
 @pytest.mark.parametrize("sms", [1, 2, 7])
 @pytest.mark.parametrize("columns", [0, 400])
-def test_blocks_that_take_pieces_of_several_groups(sms: int, columns: int, device: str) -> None:
+def test_blocks_that_take_pieces_of_several_groups(
+    sms: int, columns: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few SMs: a block has pieces of several stripes, which end within groups, and groups end within them."""
     starts = [0] * 30 + torch.randint(400, (25,)).tolist() + [700] * 20
     ends = [300 + row for row in range(30)] + [start + 399 for start in starts[30:55]] + [699] * 10 + [900] * 10
     problem = Ragged(starts, ends, 900, heads=16, dim=32, device=device)
-    before = deep_gemm.get_num_sms()
-    deep_gemm.set_num_sms(sms)
-    try:
-        run(problem, columns)
-    finally:
-        deep_gemm.set_num_sms(before)
+    monkeypatch.setattr(settings, "_num_sms", sms)
+    run(problem, columns)
 
 
 @FORMATS

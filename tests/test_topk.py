@@ -410,6 +410,14 @@ def test_candidate_blocks_of_a_run(blocks: int, width: int, compressed: bool, de
         assert pages[row].tolist() == (table[row, ids // 8].long() * 8 + ids % 8).tolist() + end
 
 
+def test_candidates_of_a_row_that_begins_at_the_last_key_of_all(device: str) -> None:
+    """Keys are counted in 31 bits, whatever lengths say."""
+    begins, lengths = (torch.tensor([number], dtype=torch.int32, device=device) for number in (2**31 - 2, 2**31 - 1))
+    options = {"block": 2**16, "starts": begins, "compressed": True}
+    lists = sm120.candidate_blocks(torch.randn(1, 4, device=device), lengths, 3, page=2**16, **options)
+    assert lists.tolist() == [[2**15 - 1, INFINITE, INFINITE]]
+
+
 # --- logits and choice in one call ------------------------------------------------------------------------------------
 
 

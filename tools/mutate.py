@@ -68,6 +68,7 @@ ARCHITECTURES = [
 SMALL = "test_sanitizers.py::test_small_problems"
 SHAPES = ["test_shapes.py::test_paged", "test_shapes.py::test_ragged"]
 TOPK = [
+    "test_topk.py::test_candidates_of_a_row_that_begins_at_the_last_key_of_all",
     "test_topk_garbage.py::test_blocks_behind_the_last_key",
     "test_topk_garbage.py::test_candidates_of_a_run",
     "test_topk.py::test_candidate_blocks_of_a_run",
