@@ -30,7 +30,7 @@ demo: $(VENV)/.$(KIND)
 	$(BIN)/python tools/demo.py $(ARGS)
 
 test: $(VENV)/.$(KIND)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 fuzz: $(VENV)/.$(KIND)
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py tests/test_garbage.py tests/test_topk_garbage.py $(ARGS)
