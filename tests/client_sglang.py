@@ -12,7 +12,7 @@ import functools
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
@@ -1103,24 +1103,31 @@ def test_sizes_beyond_ours_are_sglang_s(monkeypatch, sm120_device) -> None:
     assert theirs.topk_transform.call_count == 1 and not sm120_device
 
 
-def added_us(call) -> float:
-    """Host microseconds of `call`, the best of rounds."""
-    rounds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(100):
-            call()
-        rounds.append((time.perf_counter() - start) * 1e4)
-    return min(rounds)
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions the interpreter calls, of Python and of C, once `work` has been done before."""
+    calls = 0
+
+    def count(_, event: str, __) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    work()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return calls
 
 
 def test_what_the_plugin_adds_to_top_k(monkeypatch, sm120_device) -> None:
-    """At most 10 us over our function, which does nothing here, on the way through SGLang's."""
+    """To our function, which does nothing here, on the way through SGLang's: at 0.1 us a call some microseconds."""
     monkeypatch.setattr(sm120, "topk", lambda *args, **kwargs: None)
     arguments = torch.randn(2, 256), *(torch.zeros(2, 4, dtype=torch.int32) for _ in range(3)), PAGE
-    added = added_us(lambda: indexer.topk_transform_paged(*arguments))
-    print(f"{added:.2f} us")
-    assert added < 10
+    added = calls_of(lambda: indexer.topk_transform_paged(*arguments))
+    print(f"{added} calls")
+    assert added <= 12
 
 
 def test_what_the_plugin_adds_to_logits_and_top_k(monkeypatch, sm120_device) -> None:
@@ -1134,9 +1141,9 @@ def test_what_the_plugin_adds_to_logits_and_top_k(monkeypatch, sm120_device) -> 
         logits = deep_gemm.fp8_paged_mqa_logits(None, cache, None, lens, table, None, 256, False)
         indexer.topk_transform_paged(logits, lens[:, 0], table, out, PAGE)
 
-    added = added_us(lambda: around(layer, backend, lens))
-    print(f"{added:.2f} us")
-    assert added < 10 and around.active
+    added = calls_of(lambda: around(layer, backend, lens))
+    print(f"{added} calls")
+    assert added <= 64 and around.active
 
 
 def test_a_process_without_a_model_imports_nothing() -> None:
