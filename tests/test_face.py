@@ -59,7 +59,7 @@ def test_the_import_loads_nothing_of_cuda_or_of_upstream() -> None:
 
 
 def test_the_import_is_fast() -> None:
-    code = "import time, torch; start = time.perf_counter(); import deep_gemm; print(time.perf_counter() - start)"
+    code = "import time, torch; start = time.process_time(); import deep_gemm; print(time.process_time() - start)"
     assert min(float(run(code)) for _ in range(3)) < 0.5
 
 
