@@ -708,6 +708,7 @@ EXPLAINED = {
     "runs_of(keys, middle)) «<= → <» takers) enough = middle;": "runs are longer than they need be",
     "distance * kPerLane «< → <=» p.windows.rows; distance *= 2": "only lanes without rows add more",
     "some[i] = j < lengths && p.windows.length(j) «> → >=» 0;": "rows without keys are looked at in turn",
+    "if («row < 0 || → » row >= limit) return;": "no row is: what comes next counts from 0",
     "next = next_row(p, first_row« + rows → », limit, lane)": "rows known to have no keys are looked at again",
     "(«min(key + more, last_key - tile * kTile) → (key + more)» * kBytes + (offset + begin));": "the page is there",
     "empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1);": "a tile of keys that nobody sees is scored",
