@@ -698,6 +698,7 @@ MUTATIONS = {
 
 # Survivors that are no gap, and why.
 EXPLAINED = {
+    "return bin >= kNegative + («0x7c00 → 0x7bff» >> kShift) ? lowest() : value;": "a limit lower than it need be",
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",
     "if (set * kTokens + i > n) share.windows[i].end = «0 → share.windows[i].end»;": "the last token is stored twice",
