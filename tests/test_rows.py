@@ -62,6 +62,12 @@ def test_few_many_alone_and_ragged(heads: int, next_n: int, block_kv: int, fp4: 
             assert torch.equal(out, few[mine, :keys])
 
 
+def test_every_run_finds_a_warp(device: str) -> None:
+    """Rows whose last run is short: as many of them as the shortest runs would be too many for the warps there are."""
+    problem = Paged([32 * 55] * 33, heads=64, dim=128, device=device)
+    check(compute(problem, 19, few=True).cpu(), problem.expected().cpu())
+
+
 @pytest.mark.parametrize("fp4, next_n", [(False, 1), (True, 1), (False, 2), (True, 3), (False, 13)])
 def test_one_row_of_small_lengths(fp4: bool, next_n: int, device: str) -> None:
     """First a warp takes eight keys, where there is less than a tile for every fourth of an SM, then it takes tiles."""

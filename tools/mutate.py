@@ -202,6 +202,7 @@ TESTS = {
         "test_metadata.py",
     ],
     "sm120/kernels/logits.py": [
+        "test_rows.py::test_every_run_finds_a_warp",
         "test_garbage.py::test_a_grid_is_one_that_can_be_launched",
         "test_paged.py::test_block_table_with_a_stride_of_its_own",
         *SHAPES,
@@ -709,6 +710,7 @@ EXPLAINED = {
     "runs_of(keys, middle)) «<= → <» takers) enough = middle;": "runs are longer than they need be",
     "distance * kPerLane «< → <=» p.windows.rows; distance *= 2": "only lanes without rows add more",
     "some[i] = j < lengths && p.windows.length(j) «> → >=» 0;": "rows without keys are looked at in turn",
+    "FEW_ROWS = (1, «32 → 33», 256)": "another kernel for one number of rows, as right",
     "if («row < 0 || → » row >= limit) return;": "no row is: what comes next counts from 0",
     "next = next_row(p, first_row« + rows → », limit, lane)": "rows known to have no keys are looked at again",
     "(«min(key + more, last_key - tile * kTile) → (key + more)» * kBytes + (offset + begin));": "the page is there",
