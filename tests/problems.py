@@ -267,7 +267,7 @@ class Sparse:
         return reference.ragged_sparse_logits(q, self.kv, weights, *seen, lists, block, self.unaligned, **options)
 
 
-POISON = -123456.75  # bf16 has it too; no logit comes near
+POISON = -123392.0  # bf16 and int32 have it too; no logit comes near
 
 
 def poisoned(
@@ -276,6 +276,13 @@ def poisoned(
     """An output with rows `columns + pad` apart, all poison: what is written, and what should not be, shows."""
     whole = torch.full((rows, columns + pad), POISON, dtype=dtype, device=device)
     return whole[:, :columns]
+
+
+def assert_rows_apart(*outs: torch.Tensor) -> None:
+    """Nothing was written between the rows of what was `poisoned`."""
+    for out in outs:
+        room = out.as_strided((len(out), out.stride(0)), out.stride())
+        assert (room[:, out.shape[1] :] == POISON).all(), "written between the rows"
 
 
 def check(logits: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0, cleaned: bool = False) -> float:

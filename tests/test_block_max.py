@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Paged, Ragged, check, poisoned
-from test_garbage import EDGES, SIZES, assert_rows_apart, ends, meant, paged_problem, spoil
+from problems import POISON, Paged, Ragged, assert_rows_apart, check, poisoned
+from test_garbage import EDGES, SIZES, ends, meant, paged_problem, spoil
 
 import deep_gemm
 from deep_gemm import sm120

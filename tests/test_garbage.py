@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Paged, Ragged, Sparse, check, poisoned
+from problems import POISON, Paged, Ragged, Sparse, assert_rows_apart, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -89,12 +89,6 @@ def meant(problem: Paged) -> torch.Tensor:
 def assert_right_or_missing(out: torch.Tensor, expected: torch.Tensor) -> None:
     """What a schedule without sense has written is right all the same."""
     check(torch.where((out == POISON) & (expected != -torch.inf), expected.to(out.dtype), out), expected, TOLERANCE)
-
-
-def assert_rows_apart(out: torch.Tensor) -> None:
-    """Nothing was written between the rows."""
-    room = out.as_strided((len(out), out.stride(0)), out.stride())
-    assert (room[:, out.shape[1] :] == POISON).all()
 
 
 @given(st.data())

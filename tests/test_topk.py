@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Paged, Ragged
+from problems import Paged, Ragged, assert_rows_apart, poisoned
 
 import deep_gemm
 from deep_gemm import sm120
@@ -17,13 +17,7 @@ from deep_gemm.sm120.emulator import recording
 from deep_gemm.sm120.jit import compiler
 from deep_gemm.sm120.kernels import topk as kernels
 
-POISON = -77777
 topk_module = importlib.import_module("deep_gemm.sm120.topk")  # `sm120.topk` is the function
-
-
-def poisoned(rows: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A result whose rows are k + 3 apart; what lies between must stay."""
-    return torch.full((rows, k + 3), POISON, dtype=dtype, device=device)[:, :k]
 
 
 def check(logits: torch.Tensor, lengths: list[int], k: int, starts: list[int] | None = None, table=None, page: int = 1,
@@ -44,9 +38,7 @@ def check(logits: torch.Tensor, lengths: list[int], k: int, starts: list[int] | 
             page=page, offset=int32(offset), out=out, positions=positions, scores=scores,
         )  # fmt: skip
         assert given is out
-        for result in (out, positions, scores):
-            between = torch.as_strided(result, (rows, k + 3), (k + 3, 1))[:, k:]
-            assert (between[:-1] == POISON).all(), "written between the rows"
+        assert_rows_apart(out, positions, scores)
         runs.append([result.clone().cpu() for result in (out, positions, scores)])
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(*runs)), "two runs differ"
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from problems import Paged, Ragged
+from problems import POISON, Paged, Ragged, assert_rows_apart, poisoned
 from test_garbage import SIZES, SLOTS, ends, paged_problem, spoil
 
 import deep_gemm
@@ -19,20 +19,8 @@ from deep_gemm import sm120
 from deep_gemm.sm120 import reference, settings
 from deep_gemm.sm120.emulator import recording
 
-NOTHING = -77777
 KS = st.sampled_from([1, 8, 512])
 SMS = st.sampled_from([None, 1, 4])  # with few of them some rows are many, and take turns
-
-
-def roomy(rows: int, k: int, device: str) -> torch.Tensor:
-    """int32 [rows, k], with room between the rows that nobody may touch."""
-    return torch.full((rows, k + 3), NOTHING, dtype=torch.int32, device=device)[:, :k]
-
-
-def untouched(*results: torch.Tensor) -> None:
-    for result in results:
-        rows, k = result.shape
-        assert (result.as_strided((rows, k + 3), (k + 3, 1))[:-1, k:] == NOTHING).all()
 
 
 @contextmanager
@@ -71,13 +59,13 @@ def test_topk(device: str, data: st.DataObject) -> None:
     garbage = torch.stack([changed(old, tensor) for old, (tensor, _) in zip(before, tensors)]).any(dim=0)
     if draw(st.booleans()):
         table = table[:, : draw(st.integers(1, table.shape[1]))].contiguous()  # narrower than the rows are long
-    out, positions = (roomy(rows, k, device) for _ in range(2))
+    out, positions = (poisoned(rows, k, torch.int32, device) for _ in range(2))
     with on_sms(draw(SMS)):
         sm120.topk(
             logits, lengths, k,
             starts=starts, block_table=table, page=page, offset=offset, out=out, positions=positions,
         )  # fmt: skip
-    untouched(out, positions)
+    assert_rows_apart(out, positions)
     assert ((positions >= -1) & (positions < columns)).all()
     kept = [row for row in range(rows) if not garbage[row]]
     wanted = reference.topk(logits[kept].cpu(), before[0][kept].tolist(), k)
@@ -94,7 +82,7 @@ def test_a_table_that_is_too_narrow(device: str, lengths: list[int], k: int, pag
     """What lies past it is on its last page; a table without columns is none."""
     page, rows = 16, len(lengths)
     table = torch.randint(0, 2**20, (rows, 5), dtype=torch.int32, device=device)[:, :pages]
-    positions = torch.full((rows, k), NOTHING, dtype=torch.int32, device=device)
+    positions = torch.full((rows, k), POISON, dtype=torch.int32, device=device)
     lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     logits = torch.randn(rows, max(lengths), device=device)
     out = sm120.topk(logits, lens, k, block_table=table, page=page, positions=positions)
@@ -128,7 +116,7 @@ def test_blocks_behind_the_last_key(device: str, width: int) -> None:
     for row, count in enumerate(counts):
         maxima[row, count:] = torch.inf
     table = torch.randint(0, 2**20, (len(lengths), 3), dtype=torch.int32, device=device)
-    pages = torch.full((len(lengths), width), NOTHING, dtype=torch.int32, device=device)
+    pages = torch.full((len(lengths), width), POISON, dtype=torch.int32, device=device)
     lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     out = sm120.candidate_blocks(maxima, lens, width, block_table=table, page=64, pages=pages)
     for row, expected in enumerate(reference.topk(maxima.cpu(), counts, width)):
@@ -154,10 +142,10 @@ def test_candidates(device: str, data: st.DataObject) -> None:
     garbage = changed(before[0], lengths)
     if draw(st.booleans()):
         table = table[:, : draw(st.integers(1, table.shape[1]))].contiguous()
-    out, pages = (roomy(rows, width, device) for _ in range(2))
+    out, pages = (poisoned(rows, width, torch.int32, device) for _ in range(2))
     with ends():
         sm120.candidate_blocks(maxima, lengths, width, block_table=table, page=64, out=out, pages=pages)
-    untouched(out, pages)
+    assert_rows_apart(out, pages)
     assert (((out >= 0) & (out < columns)) | (out == 2**31 - 1)).all()
     kept = [row for row in range(rows) if not garbage[row]]
     blocks = [-(-length // 8) for length in before[0][kept].tolist()]
@@ -186,13 +174,13 @@ def test_candidates_of_a_run(device: str, data: st.DataObject) -> None:
     maxima = torch.full((rows, columns), torch.inf, device=device)
     for row, (column, count) in enumerate(zip(at, counts)):
         maxima[row, column : column + count] = torch.randn(count)
-    out, pages = (roomy(rows, width, device) for _ in range(2))
+    out, pages = (poisoned(rows, width, torch.int32, device) for _ in range(2))
     with on_sms(draw(SMS)), recording(sanitize=draw(st.booleans())):
         sm120.candidate_blocks(
             maxima, lengths, width, block=block, starts=starts, compressed=compressed,
             block_table=table, page=4 * block, out=out, pages=pages,
         )  # fmt: skip
-    untouched(out, pages)
+    assert_rows_apart(out, pages)
     for row, chosen in enumerate(reference.topk(maxima.cpu(), counts, width, at)):
         ids = torch.tensor([first[row] + place for place in chosen], dtype=torch.int64)
         assert out[row].tolist() == ids.tolist() + [2**31 - 1] * (width - len(ids))
@@ -215,7 +203,7 @@ def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def compare(positions: torch.Tensor, logits: torch.Tensor, starts: list[int], lengths: list[int], k: int) -> None:
-    untouched(positions)
+    assert_rows_apart(positions)
     for row, expected in enumerate(reference.topk(logits.cpu(), lengths, k, starts)):
         assert sorted(positions[row, : len(expected)].tolist()) == expected
         assert (positions[row, len(expected) :] == -1).all()
@@ -233,12 +221,12 @@ def test_paged_logits_and_choice(device: str, data: st.DataObject) -> None:
     whole = schedule.clone()
     spoiled = spoil(draw, schedule, [0, len(problem.lengths)])
     rows = len(problem.weights)
-    out, positions = (roomy(rows, k, device) for _ in range(2))
+    out, positions = (poisoned(rows, k, torch.int32, device) for _ in range(2))
     with on_sms(draw(SMS)):
         sm120.fp8_fp4_paged_mqa_topk(
             *problem.arguments(schedule), k, translate=draw(st.booleans()), out=out, positions=positions
         )
-    untouched(out, positions)
+    assert_rows_apart(out, positions)
     assert ((positions >= -1) & (positions < columns)).all()
     if not spoiled:
         logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(whole))
@@ -259,12 +247,12 @@ def test_ragged_logits_and_choice(device: str, data: st.DataObject) -> None:
     offset = torch.zeros(rows, dtype=torch.int32, device=device)
     for tensor, near in ((problem.ks, [0, keys]), (problem.ke, [0, keys]), (table, [0]), (offset, [0])):
         spoil(draw, tensor, near)
-    out, positions = (roomy(rows, k, device) for _ in range(2))
+    out, positions = (poisoned(rows, k, torch.int32, device) for _ in range(2))
     with on_sms(draw(SMS)):
         sm120.fp8_fp4_mqa_topk(
             *problem.arguments(), k, offset=offset, block_table=table, page=16, out=out, positions=positions
         )
-    untouched(out, positions)
+    assert_rows_apart(out, positions)
     begins = problem.ks.long().clamp(min=0)
     lengths = (problem.ke.long().clamp(max=keys) - begins).clamp(min=0).tolist()
     logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
@@ -283,7 +271,7 @@ def test_a_ragged_choice(device: str, data: st.DataObject) -> None:
     spoil(draw, problem.ks, [0, keys, 192])
     spoil(draw, problem.ke, [0, keys, 192])
     table = torch.randint(-(2**31), 2**31 - 1, (rows, draw(st.integers(0, 9))), dtype=torch.int32, device=device)
-    positions = roomy(rows, k, device)
+    positions = poisoned(rows, k, torch.int32, device)
     with ends():
         logits = deep_gemm.fp8_fp4_mqa_logits(*problem.arguments())
         sm120.fp8_fp4_mqa_topk(*problem.arguments(), k, block_table=table, page=64, positions=positions)
@@ -306,7 +294,7 @@ def test_a_paged_choice(device: str, data: st.DataObject) -> None:
     spoil(draw, problem.context_lens, [columns, 64 * problem.block_table.shape[1]])
     spoil(draw, problem.block_table, [len(problem.kv_cache), 0])
     schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 4)
-    positions = roomy(batch * next_n, k, device)
+    positions = poisoned(batch * next_n, k, torch.int32, device)
     with ends():
         logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule))
         sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), k, translate=True, positions=positions)

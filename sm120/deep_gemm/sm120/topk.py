@@ -66,13 +66,7 @@ def topk(
 
     Returns int32 [rows, k]; past the length of a row it is -1. Graph-safe; nothing is synchronised.
     """
-    if not isinstance(logits, torch.Tensor):
-        refuse("logits", logits, "a tensor on the CPU or a CUDA device")
-    device = checks.on_a_device("logits", logits)
-    checks.tensor("logits", logits, _REAL, (_ROWS, _COLUMNS), device)
-    rows, columns = logits.shape
-    if columns > 1 and logits.stride()[1] != 1 or columns >= 2**31:
-        refuse("logits", logits, "stride 1 in the last dimension, and fewer than 2^31 columns")
+    rows, columns, device = _chosen_from("logits", logits, _REAL)
     checks.contiguous("lengths", checks.tensor("lengths", lengths, _INT32, (rows,), device, "logits"))
     checks.integer("k", k, 1, LARGEST_K)
     if starts is not None:
@@ -140,13 +134,7 @@ def candidate_blocks(
     keys), so that they count all of its blocks. In a list's first and last block may be keys that the row does not see:
     `topk` of those logits leaves them out by its `starts` and `lengths`.
     """
-    if not isinstance(block_max, torch.Tensor):
-        refuse("block_max", block_max, "a tensor on the CPU or a CUDA device")
-    device = checks.on_a_device("block_max", block_max)
-    checks.tensor("block_max", block_max, (torch.float32,), (_ROWS, _COLUMNS), device)
-    rows, columns = block_max.shape
-    if columns > 1 and block_max.stride()[1] != 1 or columns >= 2**31:
-        refuse("block_max", block_max, "stride 1 in the last dimension, and fewer than 2^31 columns")
+    rows, columns, device = _chosen_from("block_max", block_max, (torch.float32,))
     _lengths_of_rows(context_lens, rows, device)
     checks.integer("width", width, 1, LARGEST_K)
     checks.integer("block", block, 1, 2**16)
@@ -609,6 +597,18 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def _chosen_from(name: str, values: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int, torch.device]:
+    """Rows, columns and device of what the largest are taken of."""
+    if not isinstance(values, torch.Tensor):
+        refuse(name, values, "a tensor on the CPU or a CUDA device")
+    device = checks.on_a_device(name, values)
+    checks.tensor(name, values, dtypes, (_ROWS, _COLUMNS), device)
+    rows, columns = values.shape
+    if columns > 1 and values.stride()[1] != 1 or columns >= 2**31:
+        refuse(name, values, "stride 1 in the last dimension, and fewer than 2^31 columns")
+    return rows, columns, device
 
 
 def _lengths_of_rows(context_lens: Any, rows: int, device: torch.device, other: str = "block_max") -> None:
