@@ -89,9 +89,10 @@ struct Stream {
             scorer.template keys<3>(sums[i][3], i, words[3], scale, lane);
         }
         if constexpr (kFetch) fetch<1, kWhole, kMany>(next);
-        // What follows has no mma, so loads would sink below it, and all of a tile's are awaited together. With few heads there
-        // is little of it, and the branch costs more (FP8 ragged, 16 heads, x1 on an H100: 170 instead of 120 us).
-        if constexpr (kMany && kWhole && kHeads * kTokens > 32) demand<1>(never_either);
+        // What follows has no mma, so loads would sink below it, and all of a tile's are awaited together. With few heads of a
+        // ragged run there is little of it, and the branch costs more (FP8 of 2,048 x 8K, x1 on an H100: 16 heads 170 instead
+        // of 128 us, 32 heads 226 instead of 193); with pages it pays (32 heads: 198 instead of 227).
+        if constexpr (kMany && kWhole && (Source::kFromZero || kHeads * kTokens > 32)) demand<1>(never_either);
         float logits[kTokens];
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) logits[i] = Format::finish(scorer.total(sums[i], lane), next_scale);
