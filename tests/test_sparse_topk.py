@@ -1,6 +1,7 @@
 """From candidates to the final choice: what `topk` gives of the sparse logits, taken back to positions and pages."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -52,6 +53,12 @@ def check(
             ) is out  # fmt: skip
             assert_rows_apart(out, scores)
             runs.append((out.cpu(), scores.cpu()))
+            unscored = poisoned(count, k, torch.int32, problem.device)
+            sm120.fp8_fp4_paged_sparse_mqa_topk(
+                *arguments(problem, metadata), k, translate=translate, out=unscored, **options
+            )
+            some = slice(None) if rows is None else rows
+            assert torch.equal(unscored[some].sort().values, out[some].sort().values)
     for (out, scores), (again, scores_again) in zip(runs[::2], runs[1::2]):
         assert torch.equal(out, again) and torch.equal(scores.view(torch.int32), scores_again.view(torch.int32))
     (positions, scores), (places, same_scores) = runs[0], runs[2]
@@ -75,6 +82,18 @@ def test_any_k(k: int, fp4: bool, device: str) -> None:
     """Rows with fewer candidates than k, with as many, with more; the last block is full, or not."""
     lengths = [0, 1, 7, 8, 9, k - 1, k, k + 1, 700, 2500, 2505]
     check(Sparse(lengths, width=400, fp4=fp4, heads=8, device=device), k)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_keys_of_rows_that_are_chosen_whole_are_not_read(rows: int) -> None:
+    """Unless scores are wanted. Candidates count in whole blocks here."""
+    problem = Sparse([0, 64, 100, 104][-rows:] * (rows // 4 or 1), width=20, heads=8)
+    call = partial(sm120.fp8_fp4_paged_sparse_mqa_topk, *arguments(problem, problem.metadata()))
+    scores = poisoned(len(problem.lengths), 104, torch.float32, "cpu")
+    for options, some in (({"k": 104}, False), ({"k": 103}, True), ({"k": 104, "scores": scores}, True)):
+        with recording() as launches:
+            call(**options)
+        assert (sum(launch.bytes_read.get("kv_cache", 0) for launch in launches) > 0) == some
 
 
 @pytest.mark.parametrize("block, block_kv", [(8, 64), (8, 128), (16, 64), (24, 48), (64, 64)])

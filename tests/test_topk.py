@@ -3,6 +3,7 @@
 import importlib
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -427,6 +428,9 @@ def chosen_of_paged(problem: Paged, k: int, device: str, **options) -> None:
         sm120.fp8_fp4_paged_mqa_topk(
             *problem.arguments(schedule), k, translate=translate, out=out, positions=positions, scores=scores, **options
         )
+        unscored = poisoned(rows, k, torch.int32, device)
+        sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), k, translate=translate, out=unscored, **options)
+        assert torch.equal(unscored.sort().values, out.sort().values)
         for row, want in enumerate(expected):
             got = positions[row, : len(want)].cpu()
             assert sorted(got.tolist()) == want
@@ -491,6 +495,9 @@ def chosen_of_ragged(problem: Ragged, k: int, device: str, **options) -> None:
     sm120.fp8_fp4_mqa_topk(
         *problem.arguments(), k, offset=problem.ks, out=out, positions=positions, scores=scores, **options
     )
+    unscored = poisoned(rows, k, torch.int32, device)
+    sm120.fp8_fp4_mqa_topk(*problem.arguments(), k, offset=problem.ks, out=unscored, **options)
+    assert torch.equal(unscored.sort().values, out.sort().values)
     for row, want in enumerate(expected):
         count, got = len(want), positions[row].cpu()
         assert sorted(got[:count].tolist()) == want, difference(logits[row, starts[row] :], sorted(got.tolist()), want)
@@ -516,6 +523,51 @@ def test_a_ragged_prefill_takes_turns(fp4: bool, turns: str, device: str) -> Non
     assert size <= 48 * topk_module._LOGITS_BYTES
     workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     chosen_of_ragged(problem, 200, device, workspace=workspace)
+
+
+def keys_read(call: Callable[..., torch.Tensor], argument: str, each: int, **options) -> float:
+    """How many keys' bytes all launches of a call ask for."""
+    with recording() as launches:
+        call(**options)
+    return sum(launch.bytes_read.get(argument, 0) for launch in launches) / each
+
+
+@pytest.mark.parametrize(
+    "next_n, rows, slots", [(1, 1, 9), (3, 1, 9), (1, 5, 9), (2, 40, 50), (1, 300, 3), (2, 300, 3)]
+)
+def test_keys_of_rows_that_are_chosen_whole_are_not_read(next_n: int, rows: int, slots: int) -> None:
+    """Nor of a token of at most k keys beside one of more, unless the two are looked at together. Whoever wants scores
+    has them read."""
+    lengths = torch.randint(0, 301, (rows, next_n)).tolist()
+
+    def choice(**options) -> float:
+        problem = Paged(lengths, next_n, heads=8, dim=64, slots=slots)
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, problem.block_kv, slots)
+        call = partial(sm120.fp8_fp4_paged_mqa_topk, *problem.arguments(schedule), 300)
+        return keys_read(call, "kv_cache", 68, **options)
+
+    assert choice() == 0
+    scores = poisoned(rows * next_n, 300, torch.float32, "cpu")
+    assert choice(scores=scores) >= max(map(max, lengths))
+    lengths[rows // 2] = [301] * next_n
+    assert 301 <= choice() <= 320 * next_n
+
+
+def test_keys_of_a_run_that_are_chosen_whole_are_not_read() -> None:
+    problem = Ragged([0, 100, 7] * 20, [300, 400, 7] * 20, 500, heads=8, dim=64)
+    choice = partial(sm120.fp8_fp4_mqa_topk, *problem.arguments())
+    assert keys_read(partial(choice, 300), "kv", 64) == 0
+    assert keys_read(partial(choice, 299), "kv", 64) >= 300
+
+
+def test_keys_of_a_prefill_that_are_chosen_whole_are_not_read(turns: str) -> None:
+    lengths = torch.randint(0, 201, (48, 1)).tolist()
+    paged = Paged([*lengths, [2000]], heads=8, dim=64, slots=8)  # columns enough for turns
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(paged.context_lens, paged.block_kv, paged.slots)
+    choice = partial(sm120.fp8_fp4_paged_mqa_topk, *paged.arguments(schedule), 200)
+    assert 2000 <= keys_read(choice, "kv_cache", 68) <= 2040
+    ragged = Ragged([900] * 48, [900 + row for (row,) in lengths], 1500, heads=8, dim=64)
+    assert keys_read(partial(sm120.fp8_fp4_mqa_topk, *ragged.arguments(), 200), "kv", 64) == 0
 
 
 @pytest.mark.parametrize("values", ["equal", "few", "NaN", "all NaN"])

@@ -57,7 +57,7 @@ def fp8_paged_mqa_logits(
     query = arguments.query(q, 4)
     if query.fp4:
         refuse("q", q, "e4m3; fp8_fp4_paged_mqa_logits takes FP4")
-    return _paged(
+    return paged_logits(
         query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
         clean_logits, torch.float32, indices, out, block_max,
     )  # fmt: skip
@@ -109,16 +109,17 @@ def fp8_fp4_paged_mqa_logits(
     """
     clean_logits, indices = arguments.of_either_generation(clean_logits, indices)
     query = arguments.query(q, 4)
-    return _paged(
+    return paged_logits(
         query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
         clean_logits, logits_dtype, indices, out, block_max,
     )  # fmt: skip
 
 
-def _paged(
+def paged_logits(
     query: arguments.Query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
-    clean_logits, logits_dtype, indices, out, block_max,
+    clean_logits, logits_dtype, indices, out, block_max, least=0,
 ) -> torch.Tensor:  # fmt: skip
+    """The same of checked queries; tokens that see no more than `least` keys are left out."""
     fp4, values, scales, device, (batch, next_n, _, row_bytes), heads, dim = query
 
     page, page_stride = arguments.key_pages(kv_cache, row_bytes, device)
@@ -149,7 +150,7 @@ def _paged(
     )  # fmt: skip
     # No key lies past what the table's columns hold, or in a cache without pages.
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0
-    windows = windows_of_lengths(context_lens, next_n, limit)
+    windows = windows_of_lengths(context_lens, next_n, limit, least)
     logits.paged(
         config, slots,
         query=values, query_scales=scales, weights=weights, kv_cache=kv_cache, page_stride=page_stride,

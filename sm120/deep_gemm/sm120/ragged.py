@@ -52,7 +52,7 @@ def fp8_mqa_logits(
     query = arguments.query(q, 3)
     if query.fp4:
         refuse("q", q, "e4m3; fp8_fp4_mqa_logits takes FP4")
-    return _ragged(query, kv, weights, ks, ke, clean_logits, max_seqlen_k, torch.float32, out, block_max)
+    return ragged_logits(query, kv, weights, ks, ke, clean_logits, max_seqlen_k, torch.float32, out, block_max)
 
 
 @_bounds_by_either_name
@@ -95,15 +95,16 @@ def fp8_fp4_mqa_logits(
         max_seqlen_k = 0  # the seventh positional argument of 0.2.5 is schedule_meta
     clean_logits, max_seqlen_k = arguments.of_either_generation_ragged(clean_logits, max_seqlen_k)
     query = arguments.query(q, 3)
-    return _ragged(
+    return ragged_logits(
         query, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype, out,
         block_max,
     )  # fmt: skip
 
 
-def _ragged(
-    query: arguments.Query, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out, block_max
+def ragged_logits(
+    query: arguments.Query, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out, block_max, least=0
 ) -> torch.Tensor:
+    """The same of checked queries; tokens that see no more than `least` keys are left out."""
     fp4, values, scales, device, (rows, _, row_bytes), heads, dim = query
 
     keys, key_scales = arguments.key_run(kv, fp4, row_bytes, device)
@@ -123,7 +124,7 @@ def _ragged(
         jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype,
         alignment=logits.alignment(values.data_ptr(), keys.data_ptr()), maxima=block_max is not None,
     )  # fmt: skip
-    windows = windows_of_bounds(starts, ends, keys.shape[0])
+    windows = windows_of_bounds(starts, ends, keys.shape[0], least)
     logits.ragged(
         config, sms_to_use(device), max_seqlen_k,
         query=values, query_scales=scales, weights=weights, keys=keys, key_scales=key_scales,

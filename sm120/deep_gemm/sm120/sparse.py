@@ -177,7 +177,15 @@ def fp8_fp4_paged_sparse_mqa_logits(
 
     Returns bf16 [rows, width * block], and treats bad metadata, as `fp8_fp4_sparse_mqa_logits` does.
     """
-    query = arguments.mx_query(q, 4)
+    return paged_sparse_logits(
+        arguments.mx_query(q, 4), kv_cache, weights, metadata, num_max_sparse_blocks, sparse_block_kv, out
+    )
+
+
+def paged_sparse_logits(
+    query: arguments.Query, kv_cache, weights, metadata, num_max_sparse_blocks, sparse_block_kv, out, least=0
+) -> torch.Tensor:
+    """The same of checked queries; rows of no more than `least` columns are left out."""
     block = arguments.sparse_block(sparse_block_kv)
     page, page_stride = arguments.key_pages(kv_cache, query.shape[-1], query.device, block)
     places = kv_cache.shape[0] * (page // block)
@@ -185,13 +193,13 @@ def fp8_fp4_paged_sparse_mqa_logits(
         refuse("kv_cache", kv_cache, "fewer than 2^32 blocks")
     return _sparse(
         query, {"kv_cache": kv_cache}, page, page_stride, places,
-        weights, metadata, num_max_sparse_blocks, block, False, out,
+        weights, metadata, num_max_sparse_blocks, block, False, out, least,
     )  # fmt: skip
 
 
 def _sparse(
     query: arguments.Query, keys: dict[str, torch.Tensor], page, page_stride, places,
-    weights, metadata, width, block, unaligned, out,
+    weights, metadata, width, block, unaligned, out, least=0,
 ) -> torch.Tensor:  # fmt: skip
     fp4, values, scales, device, (rows, *_), heads, dim = query
     arguments.weights(weights, rows, heads, device)
@@ -214,6 +222,6 @@ def _sparse(
     sparse.sparse(
         config, slots,
         query=values, query_scales=scales, weights=weights, keys=keys, page_stride=page_stride, places=places,
-        metadata=metadata, width=width, unaligned=unaligned, out=out,
+        metadata=metadata, width=width, unaligned=unaligned, out=out, least=least,
     )  # fmt: skip
     return out

@@ -19,10 +19,10 @@ from .checks import Open, refuse
 from .kernels import carry, listed_columns, metadata, sparse
 from .kernels import topk as kernels
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
-from .paged import fp8_fp4_paged_mqa_logits
-from .ragged import fp8_fp4_mqa_logits
+from .paged import paged_logits
+from .ragged import ragged_logits
 from .settings import sms_to_use
-from .sparse import fp8_fp4_paged_sparse_mqa_logits
+from .sparse import paged_sparse_logits
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
@@ -201,7 +201,8 @@ def fp8_fp4_paged_mqa_topk(
     workspace                        uint8, contiguous, of at least `mqa_topk_workspace_bytes(...)` bytes, aligned to
                                      16; its content does not matter
 
-    Returns int32 [batch * next_n, k]. Rows by the hundred are a prefill: what is kept of it takes 64 KB a row at most,
+    Returns int32 [batch * next_n, k]. Keys of rows that see at most k of them are not read, unless `scores` are wanted.
+    Rows by the hundred are a prefill: what is kept of it takes 64 KB a row at most,
     however long the rows are. It is scored some rows at a time, or some keys: the best so far are carried along.
     """
     query = arguments.query(q, 4)
@@ -230,7 +231,7 @@ def fp8_fp4_paged_mqa_topk(
 
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0  # as in the logits
 
-    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor) -> None:
+    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor, least: int = 0) -> None:
         of, schedule = slice(rows.start // next_n, rows.stop // next_n), schedule_meta
         table = _cut(block_table, of)
         if keys.start:
@@ -238,9 +239,9 @@ def fp8_fp4_paged_mqa_topk(
         if lens is not context_lens:
             schedule = torch.empty_like(schedule_meta)
             metadata.plan(lens, schedule)
-        fp8_fp4_paged_mqa_logits(
-            (_cut(query.values, of), _cut(query.scales, of)), kv_cache, _cut(weights, rows), lens,
-            table, schedule, logits.shape[1], False, torch.float32, _cut(indices, of), out=logits,
+        paged_logits(
+            _queries(query, of), kv_cache, _cut(weights, rows), lens, table, schedule, logits.shape[1],
+            False, torch.float32, _cut(indices, of), logits, None, least,
         )  # fmt: skip
 
     results = _Results(block_table if translate else None, page if translate else 1, None, out, positions, scores)
@@ -252,7 +253,7 @@ def fp8_fp4_paged_mqa_topk(
     for rows in plan.turns():
         lens = _cut(context_lens, slice(rows.start // next_n, rows.stop // next_n))
         logits = plan.logits(workspace, rows, device)
-        score(rows, slice(0, max_context_len), lens, logits)
+        score(rows, slice(0, max_context_len), lens, logits, results.least)
         windows = windows_of_lengths(lens, next_n, limit)
         plan.choose(logits, windows, {"context_lens": lens}, workspace, results.of(rows, next_n))
     return out
@@ -303,10 +304,10 @@ def fp8_fp4_mqa_topk(
         debug.ragged(ks, ke, keys=keys.shape[0], names=("ks", "ke"))
         debug.choice(ke - ks, None, block_table, offset, name="ke - ks", columns=keys.shape[0], page=page)
 
-    def score(rows: slice, of: slice, starts: torch.Tensor, ends: torch.Tensor, logits: torch.Tensor) -> None:
-        queries = _cut(query.values, rows), _cut(query.scales, rows)
-        run = _cut(keys, of), _cut(key_scales, of)
-        fp8_fp4_mqa_logits(queries, run, _cut(weights, rows), starts, ends, out=logits)
+    def score(rows: slice, of: slice, starts: torch.Tensor, ends: torch.Tensor, logits: torch.Tensor, least=0) -> None:
+        run, row_weights = (_cut(keys, of), _cut(key_scales, of)), _cut(weights, rows)
+        queries, dtype = _queries(query, rows), torch.float32
+        ragged_logits(queries, run, row_weights, starts, ends, False, 0, dtype, logits, None, least)
 
     results = _Results(block_table, page, offset, out, positions, scores)
     if isinstance(plan, _Pieces):
@@ -317,7 +318,7 @@ def fp8_fp4_mqa_topk(
     for rows in plan.turns():
         starts, ends = _cut(ks, rows), _cut(ke, rows)
         logits = plan.logits(workspace, rows, device)
-        score(rows, slice(0, keys.shape[0]), starts, ends, logits)
+        score(rows, slice(0, keys.shape[0]), starts, ends, logits, results.least)
         windows = windows_of_bounds(starts, ends, keys.shape[0])
         plan.choose(logits, windows, {"ks": starts, "ke": ends}, workspace, results.of(rows))
     return out
@@ -390,7 +391,7 @@ def fp8_fp4_paged_sparse_mqa_topk(
             debug.sparse_metadata(metadata, context_lens, **sizes, places=places)
 
     logits, columns, rest = plan.parts_of(workspace)
-    fp8_fp4_paged_sparse_mqa_logits(q, kv_cache, weights, metadata, width, block, out=logits)
+    paged_sparse_logits(query, kv_cache, weights, metadata, width, block, logits, k if scores is None else 0)
     limit = NO_LIMIT if kv_cache.shape[0] else 0
     listed_columns.count_columns(lists, context_lens, block, limit, columns)
     kernels.topk(
@@ -436,6 +437,11 @@ class _Results(NamedTuple):
     out: torch.Tensor
     positions: torch.Tensor | None
     scores: torch.Tensor | None
+
+    @property
+    def least(self) -> int:
+        """Who sees no more keys than so many is given them all: their logits do not matter."""
+        return self.out.shape[1] if self.scores is None else 0
 
     def of(self, rows: slice, next_n: int = 1) -> "_Results":
         """Those of some rows, whole requests."""
@@ -536,7 +542,7 @@ class _Pieces:
             next = min(until + self.size, columns)
             carry.carry(
                 at, until, next, buffer=buffer, front=front, k=k, windows=windows, bounds=bounds,
-                chosen=chosen.view(rows, k), carried=carried, pieces=pieces, **results._asdict(),
+                chosen=chosen.view(rows, k), carried=carried, pieces=pieces, least=results.least, **results._asdict(),
             )  # fmt: skip
             if next == until:
                 return
@@ -586,6 +592,11 @@ def topk_workspace_bytes(
         return 0
     config, parts = kernels.configure(dtype, k, rows, columns, sms_to_use(_device(device)))
     return kernels.workspace_bytes(config, rows, parts)
+
+
+def _queries(query: arguments.Query, rows: slice) -> arguments.Query:
+    values = _cut(query.values, rows)
+    return query._replace(values=values, scales=_cut(query.scales, rows), shape=values.shape)
 
 
 def _cut(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

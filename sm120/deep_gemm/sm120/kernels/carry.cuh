@@ -20,6 +20,7 @@ struct CarryParams {
     int64 stride;
     int front, k;
     Windows windows;         // of the whole rows
+    int least;               // rows of no more keys are not scored: all of them are chosen
     int at, until;           // the piece that was chosen from
     int next;                // where the next one ends; there is none if that is `until`
     const int* chosen;       // [rows][k] counted from where the row begins in the buffer, ascending
@@ -47,8 +48,10 @@ struct Carry {
     const CarryParams& p;
     const int row;
     const Window window;
+    const bool scored;
 
-    __device__ explicit Carry(const CarryParams& p) : p(p), row(blockIdx.x), window(p.windows.of(row)) {}
+    __device__ explicit Carry(const CarryParams& p) : p(p), row(blockIdx.x), window(p.windows.of(row)),
+                                                   scored(window.end - window.begin > p.least) {}
 
     __device__ int keys_before(int key) const { return max(min(window.end, key) - window.begin, 0); }
     __device__ int carried_at(int key) const { return min(p.k, keys_before(key)); }
@@ -57,7 +60,7 @@ struct Carry {
     __device__ void tell_next(int carried) const {
         const int start = within(window.begin, p.until, p.next), end = within(window.end, p.until, p.next);
         p.starts[row] = start;
-        p.ends[row] = end;
+        p.ends[row] = scored ? end : start;
         p.firsts[row] = p.front + start - carried;         // who carries something begins before the piece: start is 0
         p.lengths[row] = carried + end - start;            // below 0 where the window is: as good as 0
     }
@@ -98,7 +101,7 @@ __device__ inline void carry(const CarryParams& p) {
         if (i >= now) continue;
         const int chosen = p.chosen[row.row * int64(p.k) + i], fresh = chosen - before;
         positions[j] = fresh < 0 ? carried[chosen] : first - row.window.begin + fresh;
-        scores[j] = buffer[fresh < 0 ? fresh : first - p.at + fresh];
+        if (row.scored) scores[j] = buffer[fresh < 0 ? fresh : first - p.at + fresh];
     }
     if (p.next == p.until) {
         #pragma unroll
@@ -114,7 +117,7 @@ __device__ inline void carry(const CarryParams& p) {
         const int i = j * kThreads + threadIdx.x;
         if (i >= now) continue;
         carried[i] = positions[j];
-        buffer[i - now] = scores[j];
+        if (row.scored) buffer[i - now] = scores[j];
     }
     if (threadIdx.x == 0) row.tell_next(now);
 }

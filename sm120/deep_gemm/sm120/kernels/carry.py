@@ -20,6 +20,7 @@ class CarryParams(ctypes.Structure):
         ("front", ctypes.c_int32),
         ("k", ctypes.c_int32),
         ("windows", Windows),
+        ("least", ctypes.c_int32),
         ("at", ctypes.c_int32),
         ("until", ctypes.c_int32),
         ("next", ctypes.c_int32),
@@ -60,6 +61,7 @@ def carry(
     chosen: torch.Tensor,
     carried: torch.Tensor,
     pieces: Mapping[str, torch.Tensor],
+    least: int,
     page: int,
     block_table: torch.Tensor | None,
     offset: torch.Tensor | None,
@@ -71,7 +73,7 @@ def carry(
     `bounds`: what `windows` points into; `pieces`: starts, ends, firsts, lengths, int32 [rows] each."""
     p = CarryParams()
     p.buffer, p.stride, p.front, p.k = buffer.data_ptr(), buffer.stride()[0], front, k
-    p.windows, p.tokens = windows, windows.next_n
+    p.windows, p.least, p.tokens = windows, least, windows.next_n
     p.at, p.until, p.next = at, until, next
     p.chosen, p.carried = chosen.data_ptr(), carried.data_ptr()
     for name, tensor in pieces.items():

@@ -32,7 +32,10 @@ struct Lists {
     uint32 pitch;                // bytes from row to row
     int rows;
     int limit;                   // columns
+    int least;                   // as in Windows
     static constexpr int next_n = 1, lengths_per_row = 1;
+
+    __device__ int counted(int columns) const { return columns > least ? columns : 0; }
 
     // A row's head as it stands there, and what is believed of it.
     __device__ RowHead asked(int row) const {
@@ -41,7 +44,7 @@ struct Lists {
         return head;
     }
     __device__ int columns(const RowHead& head) const {
-        return max(0, min(head.seal == seal ? head.columns : 0, limit));
+        return counted(max(0, min(head.seal == seal ? head.columns : 0, limit)));
     }
     __device__ RowHead head(int row) const {
         RowHead head = asked(row);

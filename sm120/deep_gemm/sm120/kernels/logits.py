@@ -93,6 +93,7 @@ class Lists(ctypes.Structure):
         ("pitch", ctypes.c_uint32),
         ("rows", ctypes.c_int32),
         ("limit", ctypes.c_int32),
+        ("least", ctypes.c_int32),
     ]
 
 

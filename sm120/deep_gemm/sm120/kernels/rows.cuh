@@ -80,7 +80,8 @@ struct Rows {
         source_of_eight.open(item / (kTile / 8), 0, p.windows.limit - 1, lane);
         source.open(item, step, p.windows.limit - 1, lane);
         const int mine = lane.id < p.windows.lengths_per_row ? p.windows.length(lane.id) : 0;
-        const int keys = min(max(__reduce_max_sync(kAllLanes, mine), 0), p.windows.limit), tiles = tiles_of(keys);
+        const int longest = min(max(__reduce_max_sync(kAllLanes, mine), 0), p.windows.limit);
+        const int keys = p.windows.counted(longest), tiles = tiles_of(keys);
         const Share<kTokens> work = share_of(p, 0, keys, part.set, item, step, tiles);
         // Where there is less than a tile for each quarter of an SM, a warp takes 8 keys.
         if (tiles * (kTile / 8) <= p.few.quarters) {
@@ -122,7 +123,7 @@ struct Rows {
         }
         #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
-            keys[i] = kPerLane * lane.id + i < p.windows.rows ? min(keys[i], p.windows.limit) : 0;
+            keys[i] = kPerLane * lane.id + i < p.windows.rows ? p.windows.counted(min(keys[i], p.windows.limit)) : 0;
             tiles += tiles_of(keys[i]);
         }
         const Part part(p);
@@ -181,7 +182,7 @@ struct Rows {
             #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int j = first + 32 * i + lane.id;
-                some[i] = j < lengths && p.windows.length(j) > 0;
+                some[i] = j < lengths && p.windows.counted(p.windows.length(j)) > 0;
             }
             #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {

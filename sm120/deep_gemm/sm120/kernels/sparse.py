@@ -122,13 +122,14 @@ def sparse(
     width: int,
     unaligned: bool,
     out: torch.Tensor,
+    least: int,
 ) -> None:
     """Starts the kernel on checked arguments. `keys` is the cache alone, or a run of keys and their scales."""
     values, *scales = keys.values()
     p = SparseParams()
     p.metadata, p.pitch = metadata.data_ptr(), pitch(width)
     made_for = seal(width, config.block, config.page, unaligned)
-    windows = Lists(p.metadata, made_for, p.pitch, out.shape[0], width * config.block)
+    windows = Lists(p.metadata, made_for, p.pitch, out.shape[0], width * config.block, least)
     outputs = fill(p, query, query_scales, weights, values, windows, out)
     p.key_scales = scales[0].data_ptr() if scales else None
     p.page_stride, p.places = page_stride, places

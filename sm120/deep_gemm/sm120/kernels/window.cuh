@@ -15,6 +15,10 @@ struct Windows {
     int next_n;              // tokens a row; ragged: 1
     int lengths_per_row;     // next_n, or 1: the row's last token sees `length` keys, the one before it one less
     int limit;               // no window reaches past it: max_context_len, or the keys there are
+    int least;               // a window of no more keys is empty: all of them are chosen, whatever their logits. Else 0
+
+    // What counts of a window of so many keys.
+    __device__ int counted(int keys) const { return keys > least ? keys : 0; }
 
     __device__ Window of(int token) const {
         int end;
@@ -25,19 +29,19 @@ struct Windows {
             end = max(int(ptx::load_word(ends + row)), 0) - (next_n - 1 - (token - row * next_n));
         }
         const int begin = starts ? max(int(ptx::load_word(starts + token)), 0) : 0;
-        return {begin, max(begin, min(end, limit))};
+        return {begin, begin + counted(max(begin, min(end, limit)) - begin)};
     }
 
     // The same of token `n` of `row`, paged.
     __device__ int end(int row, int n) const {
         const bool own = lengths_per_row == next_n;
         const int length = ptx::load_word(ends + (own ? row * next_n + n : row));
-        return max(0, min(own ? length : max(length, 0) - (next_n - 1 - n), limit));
+        return counted(max(0, min(own ? length : max(length, 0) - (next_n - 1 - n), limit)));
     }
 
     __device__ int length(int i) const { return ptx::load_word(ends + i); }
 
-    // The keys of a row's longest token.
+    // The keys of a row's longest token, all that are there: what schedules are made of.
     __device__ int longest(int row) const {
         int longest = 0;
         #pragma unroll 1
