@@ -1,11 +1,13 @@
 """Fresh random problems for the indexer's functions, and the comparison with float64."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 import deep_gemm
 from deep_gemm.sm120 import reference
+from deep_gemm.sm120.kernels import logits
 
 
 def generator() -> torch.Generator:
@@ -276,6 +278,12 @@ def poisoned(
     """An output with rows `columns + pad` apart, all poison: what is written, and what should not be, shows."""
     whole = torch.full((rows, columns + pad), POISON, dtype=dtype, device=device)
     return whole[:, :columns]
+
+
+def prefill_from(monkeypatch: Any, rows: int) -> None:
+    """Lets more than `rows` rows, not 1,024, be a prefill, of which neighbours look whether they share keys."""
+    monkeypatch.setattr(logits, "_MOST_REQUESTS", rows)
+    monkeypatch.setattr(logits, "plan_of", logits.plan_of.__wrapped__)
 
 
 def assert_rows_apart(*outs: torch.Tensor) -> None:

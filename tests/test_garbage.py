@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Paged, Ragged, Sparse, assert_rows_apart, check, poisoned
+from problems import POISON, Paged, Ragged, Sparse, assert_rows_apart, check, poisoned, prefill_from
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -105,7 +105,7 @@ def test_paged_lengths_and_tables(device: str, data: st.DataObject) -> None:
         spoil(data.draw, indices, [0])
     use_old, together = data.draw(st.booleans()), data.draw(st.booleans())
     with ends(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logits, "_MOST_REQUESTS", 1 if together else 1024)  # whether rows look whether they share keys
+        prefill_from(patch, 1 if together else 1024)  # whether rows look whether they share keys
         new = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, page, slots)
         arguments = problem.arguments(old if use_old else new)
         deep_gemm.fp8_fp4_paged_mqa_logits(*arguments, clean, indices=indices, out=out)
@@ -153,7 +153,7 @@ def test_a_table_that_just_fits(
     device: str, block_kv: int, longest: int, slots: int, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where rows of one request compare their pages, and a tile goes on behind the last of them."""
-    monkeypatch.setattr(logits, "_MOST_REQUESTS", 1 if together else 1024)
+    prefill_from(monkeypatch, 1 if together else 1024)
     problem = Paged([longest] * 30, heads=8, dim=32, block_kv=block_kv, device=device)
     columns = -(-longest // block_kv)
     problem.block_table = problem.block_table[-1:, :columns].repeat(30, 1)

@@ -3,11 +3,10 @@ distinct 32-byte sectors among them (what its L1 must fetch)."""
 
 import pytest
 import torch
-from problems import Paged, Ragged, check, poisoned
+from problems import Paged, Ragged, check, poisoned, prefill_from
 
 import deep_gemm
 from deep_gemm.sm120.emulator import Counters, recording
-from deep_gemm.sm120.kernels import logits
 
 FORMATS = pytest.mark.parametrize("fp4", [False, True], ids=["fp8", "fp4"])
 BYTES = {False: 132, True: 68}  # of a key with its scale
@@ -30,7 +29,7 @@ def test_paged_rows_of_one_sequence(
 ) -> None:
     """A prefill as SGLang makes it: rows of one sequence, lengths that grow by one every four rows. So many rows as no
     decode step has; a smaller number stands for that here."""
-    monkeypatch.setattr(logits, "_MOST_REQUESTS", 64)
+    prefill_from(monkeypatch, 64)
     keys = 1024 + rows // 4
     problem = Paged([1024 + row // 4 for row in range(rows)], heads=heads, fp4=fp4, slots=slots)
     problem.block_table[:] = problem.block_table[rows - 1].clone()

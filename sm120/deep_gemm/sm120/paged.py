@@ -143,16 +143,15 @@ def paged_logits(
     if debug.ON:
         pages = kv_cache.shape[0]
         debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
-    config = logits.configure(
-        jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype,
-        logits.few_rows(batch, next_n, slots), logits.together(batch, next_n),
-        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), maxima=block_max is not None,
+    plan = logits.plan_of(
+        jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype, batch, next_n, slots,
+        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), block_max is not None,
     )  # fmt: skip
     # No key lies past what the table's columns hold, or in a cache without pages.
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0
     windows = windows_of_lengths(context_lens, next_n, limit, least)
     logits.paged(
-        config, slots,
+        plan,
         query=values, query_scales=scales, weights=weights, kv_cache=kv_cache, page_stride=page_stride,
         block_table=block_table, schedule_meta=schedule_meta, context_lens=context_lens, windows=windows, out=out,
         maxima=block_max,

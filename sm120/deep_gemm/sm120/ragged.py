@@ -121,8 +121,8 @@ def ragged_logits(
         block = 1 if block_max is None else 8
         debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k, block=block)
     config = logits.configure(
-        jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype,
-        alignment=logits.alignment(values.data_ptr(), keys.data_ptr()), maxima=block_max is not None,
+        jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype, 0, 1,
+        logits.alignment(values.data_ptr(), keys.data_ptr()), 0, block_max is not None,
     )  # fmt: skip
     windows = windows_of_bounds(starts, ends, keys.shape[0], least)
     logits.ragged(

@@ -1,12 +1,11 @@
 """Launcher of paged.cuh and ragged.cuh: configuration, parameters, grid; sparse.py is that of sparse.cuh."""
 
 import ctypes
-import functools
-import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -115,7 +114,7 @@ class SparseParams(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object of the same arguments (`configure`), which is quicker to find
 class Config:
     """What the kernel is compiled for.
 
@@ -225,7 +224,9 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
 
 def alignment(*places: int) -> int:
     """The largest power of two, up to 32, that divides all of them: addresses, and bytes from page to page."""
-    together = functools.reduce(operator.or_, places, 32)
+    together = 32
+    for place in places:
+        together |= place
     return together & -together
 
 
@@ -278,6 +279,26 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), inverse, spare)
 
 
+class Plan(NamedTuple):
+    """What follows from types and sizes of a paged call."""
+
+    config: Config
+    slots: int
+    rows_per_group: int
+    few: FewRows
+
+
+@lru_cache(MOST)
+def plan_of(
+    arch: str, fp4: bool, heads: int, dim: int, page: int, weights: torch.dtype, logits: torch.dtype,
+    rows: int, next_n: int, slots: int, alignment: int, maxima: bool,
+) -> Plan:  # fmt: skip
+    """How a paged call is made: looked up, since it takes longer to work out than all else before a launch."""
+    few, near = few_rows(rows, next_n, slots), together(rows, next_n)
+    config = configure(arch, fp4, heads, dim, page, weights, logits, few, near, alignment, maxima=maxima)
+    return Plan(config, slots, rows_per_group(config, next_n), plan_of_few(config, slots, rows, next_n))
+
+
 def fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima=None) -> dict[str, torch.Tensor]:
     """What paged, ragged and listed keys have in common, and what is written. Filled field by field: keywords take
     twice as long."""
@@ -296,8 +317,7 @@ def fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, 
 
 
 def paged(
-    config: Config,
-    slots: int,
+    plan: Plan,
     *,
     query: torch.Tensor,
     query_scales: torch.Tensor | None,
@@ -319,9 +339,8 @@ def paged(
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
     p.pages = kv_cache.shape[0]
-    p.columns = min(block_table.shape[1], 2**32 // config.page)
-    p.rows_per_group = rows_per_group(config, windows.next_n)
-    p.few = plan_of_few(config, slots, windows.rows, windows.next_n)
+    p.columns = min(block_table.shape[1], 2**32 // plan.config.page)
+    p.rows_per_group, p.few = plan.rows_per_group, plan.few
     inputs = {
         "q": query,
         "q scales": query_scales,
@@ -331,7 +350,7 @@ def paged(
         "block_table": block_table,
         "schedule_meta": schedule_meta,
     }
-    launch(config.kernel, out.device, (slots, 1), p, inputs, outputs)
+    launch(plan.config.kernel, out.device, (plan.slots, 1), p, inputs, outputs)
 
 
 def ragged(
