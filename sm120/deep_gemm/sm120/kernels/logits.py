@@ -258,6 +258,7 @@ def rows_per_group(config: Config, next_n: int) -> int:
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
+@lru_cache(MOST)
 def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int, int]:
     """How the ragged kernel's work is cut: groups of rows; in how many parts the keys of each; and in how many stripes
     the list of all these, from each of which a block takes neighbouring parts. Parts are small, so that blocks have
