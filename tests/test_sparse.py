@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Sparse, check, poisoned, shared_lists
+from problems import POISON, Sparse, assert_rows_apart, check, poisoned, shared_lists
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -345,6 +345,20 @@ class TestMetadata:
         out = poisoned(200, 160, torch.bfloat16)
         problem.logits(metadata, out)
         assert (out[150:] == POISON).all()
+
+    @LAYOUTS
+    @pytest.mark.parametrize("rows", [1, 5, 200])
+    def test_columns_past_the_output_are_cut(self, rows: int, block_kv: int, device: str) -> None:
+        """Whatever a row's head promises; all else of it is as it was made."""
+        problem = Sparse([160] * rows, width=20, block_kv=block_kv, heads=8, device=device)
+        metadata = problem.metadata()
+        before = run(problem, metadata)
+        words, pitch = metadata.view(torch.int32), sparse.pitch(20) // 4
+        for columns in (168, 2000, 2**31 - 1):
+            words[49 : 49 + pitch * rows : pitch] = columns
+            out = poisoned(rows, 160, torch.bfloat16, device)
+            assert torch.equal(problem.logits(metadata, out), before)
+            assert_rows_apart(out)
 
     def test_garbage_ids_stay_inside(self) -> None:
         """Ids and page numbers that lead nowhere are read as something that is there."""
