@@ -107,6 +107,20 @@ def test_many_rows(rows: int, block_kv: int, device: str) -> None:
     run(Sparse(rows_of_all_kinds(rows), width=40, block_kv=block_kv, heads=8, device=device))
 
 
+def test_a_long_row_among_many_is_shared_out() -> None:
+    """Each block that has a piece of it reads its query; the others' are read once."""
+    problem = Sparse([8] * 40 + [8000], width=1000, heads=8, fp4=True)
+    metadata, sms = problem.metadata(), deep_gemm.get_num_sms()
+    try:
+        deep_gemm.set_num_sms(16)
+        with recording(trace=True) as launches:
+            run(problem, metadata)
+    finally:
+        deep_gemm.set_num_sms(sms)
+    assert launches[0].blocks == 16
+    assert launches[0].block_bytes["q"] > (41 + 4) * 8 * 64
+
+
 @LAYOUTS
 @pytest.mark.parametrize("lengths", [[0], [0] * 5, [0] * 200, [0] * 150 + [77] + [0] * 150, [5000] + [8] * 200])
 def test_empty_and_short_rows(lengths: list[int], block_kv: int, device: str) -> None:
@@ -305,7 +319,7 @@ class TestMetadata:
         run(other, metadata)
 
     @LAYOUTS
-    @pytest.mark.parametrize("rows", [1, 5, 200])
+    @pytest.mark.parametrize("rows", [1, 5, 300])
     @pytest.mark.parametrize(
         "what", ["noise", "zeros", "ones", "other width", "other block", "other layout", "noise with a seal"]
     )
@@ -347,7 +361,7 @@ class TestMetadata:
         assert (out[150:] == POISON).all()
 
     @LAYOUTS
-    @pytest.mark.parametrize("rows", [1, 5, 200])
+    @pytest.mark.parametrize("rows", [1, 5, 300])
     def test_columns_past_the_output_are_cut(self, rows: int, block_kv: int, device: str) -> None:
         """Whatever a row's head promises; all else of it is as it was made."""
         problem = Sparse([160] * rows, width=20, block_kv=block_kv, heads=8, device=device)

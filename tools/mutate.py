@@ -167,6 +167,7 @@ TESTS = {
         "test_sparse.py::TestMetadata::test_truncated_copy",
         "test_sparse.py::TestMetadata::test_columns_past_the_output_are_cut",
         "test_sparse.py::TestMetadata::test_foreign_bytes_write_nothing_outside",
+        "test_sparse.py::test_a_long_row_among_many_is_shared_out",
         "test_sparse.py::TestProperties::test_slots_do_not_matter",
         "test_sparse.py::test_empty_and_short_rows",
         "test_sparse.py::TestMetadata::test_rows_of_metadata_for_more",
@@ -732,6 +733,12 @@ EXPLAINED = {
     "begin.x == end.x && begin.y «>= → >» end.y ? 0": "an idle slot looks at its row and finds nothing to score",
     "end.x + «(end.y > 0) → 1»": "a slot looks at the row after its last and finds nothing to score",
     "return «min(max(key, from), to) → max(key, from)» - from;": "only schedules are worse",
+    "start = slot * share + max(0, slot - (slots - total % slots« → - 1»));": "other slots get one split more",
+    "if (start «>= → >» total) return {rows, 0};": "the end, named as what is behind the last row's last split",
+    "step * lane.id < span && head(probe).before «<= → <» start;": "a row's begin, named as the end of another",
+    "int(ptx::load_word(p.windows.starts + row)), 0)«, p.windows.limit → , 0x7fffffff»);": "no blocks are there",
+    "if (lane == 0 && rank «< → <=» want) chosen()[first + rank] = position;": "the entry behind the k-th is not read",
+    "if (match.inside > 0) gate = «fmaxf(gate, match.low) → match.low»;": "k that are counted reach the gate as it was",
 }
 
 
