@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import POISON, Sparse, check, poisoned, shared_lists
+from problems import POISON, Sparse, assert_rows_apart, check, poisoned, shared_lists
 
 import deep_gemm
 from deep_gemm.sm120 import reference
@@ -105,6 +105,20 @@ def test_upstream_s_edges(width: int, block_kv: int, device: str) -> None:
 @pytest.mark.parametrize("rows", [129, 187, 188, 189, 300])
 def test_many_rows(rows: int, block_kv: int, device: str) -> None:
     run(Sparse(rows_of_all_kinds(rows), width=40, block_kv=block_kv, heads=8, device=device))
+
+
+def test_a_long_row_among_many_is_shared_out() -> None:
+    """Each block that has a piece of it reads its query; the others' are read once."""
+    problem = Sparse([8] * 40 + [8000], width=1000, heads=8, fp4=True)
+    metadata, sms = problem.metadata(), deep_gemm.get_num_sms()
+    try:
+        deep_gemm.set_num_sms(16)
+        with recording(trace=True) as launches:
+            run(problem, metadata)
+    finally:
+        deep_gemm.set_num_sms(sms)
+    assert launches[0].blocks == 16
+    assert launches[0].block_bytes["q"] > (41 + 4) * 8 * 64
 
 
 @LAYOUTS
@@ -305,7 +319,7 @@ class TestMetadata:
         run(other, metadata)
 
     @LAYOUTS
-    @pytest.mark.parametrize("rows", [1, 5, 200])
+    @pytest.mark.parametrize("rows", [1, 5, 300])
     @pytest.mark.parametrize(
         "what", ["noise", "zeros", "ones", "other width", "other block", "other layout", "noise with a seal"]
     )
@@ -345,6 +359,20 @@ class TestMetadata:
         out = poisoned(200, 160, torch.bfloat16)
         problem.logits(metadata, out)
         assert (out[150:] == POISON).all()
+
+    @LAYOUTS
+    @pytest.mark.parametrize("rows", [1, 5, 300])
+    def test_columns_past_the_output_are_cut(self, rows: int, block_kv: int, device: str) -> None:
+        """Whatever a row's head promises; all else of it is as it was made."""
+        problem = Sparse([160] * rows, width=20, block_kv=block_kv, heads=8, device=device)
+        metadata = problem.metadata()
+        before = run(problem, metadata)
+        words, pitch = metadata.view(torch.int32), sparse.pitch(20) // 4
+        for columns in (168, 2000, 2**31 - 1):
+            words[49 : 49 + pitch * rows : pitch] = columns
+            out = poisoned(rows, 160, torch.bfloat16, device)
+            assert torch.equal(problem.logits(metadata, out), before)
+            assert_rows_apart(out)
 
     def test_garbage_ids_stay_inside(self) -> None:
         """Ids and page numbers that lead nowhere are read as something that is there."""

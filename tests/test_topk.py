@@ -171,6 +171,27 @@ def test_any_values_in_parts_of_several_pieces(fill: str, device: str, monkeypat
     check(FILLS[fill](1, 70000), [69923], 600, device=device)
 
 
+def test_one_part_has_more_than_its_list_holds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the largest of all, in one bin, and publishes none; the others publish more than k."""
+    monkeypatch.setattr(settings, "_num_sms", 4)
+    config, parts = kernels.configure(torch.float32, 600, 1, 70000, 4)
+    assert parts == 4 and 70000 // 8 > config.capacity and 3 * (config.fronts // parts) > 600
+    mine = torch.arange(70000) // 128 % parts == 1
+    check(torch.where(mine, torch.rand(1, 70000) * 1e38, torch.randn(1, 70000)), [69923], 600, device=device)
+
+
+def test_parts_have_as_many_keys_in_a_bin_as_a_front_holds(device: str) -> None:
+    """A front is filled to its last entry, and not further."""
+    config, parts = kernels.configure(torch.float32, 512, 1, 70000, deep_gemm.get_num_sms())
+    room = config.fronts // parts
+    assert parts > 1 and not config.groups and room > room // 4 + 16
+    logits = torch.randn(1, 70000)
+    for part in range(parts):
+        mine = (torch.arange(70000) // 128 % parts == part).nonzero().flatten()
+        logits[0, mine[torch.randperm(len(mine))[:room]]] = 8 + torch.rand(room) / 8
+    check(logits, [70000], 512, device=device)
+
+
 @pytest.mark.parametrize("columns, k", [(5000, 700), (11000, 512)])
 @pytest.mark.parametrize("fill", FILLS)
 def test_any_values_in_bf16(fill: str, columns: int, k: int, device: str) -> None:
@@ -208,6 +229,13 @@ def test_rows_of_all_lengths_in_one_part(device: str, one_part: None) -> None:
     check(torch.randn(len(lengths), 20000), lengths, 512, device=device)
 
 
+def test_the_last_keys_of_a_row_begin_a_piece(device: str, one_part: None) -> None:
+    """They are few, and the largest."""
+    config, _ = kernels.configure(torch.float32, 512, 5, 20000, 1)
+    assert config.groups and config.share == 8192
+    check(FILLS["rising"](5, 20000), [8192, 8193, 8319, 16385, 16400], 512, device=device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 5, 7, 8])
 def test_any_alignment(start: int, dtype: torch.dtype, device: str) -> None:
@@ -243,9 +271,9 @@ def test_pages_and_offsets(device: str) -> None:
 
 
 def test_a_row_of_at_most_k_keys_is_not_read() -> None:
-    logits = torch.full((2, 900), torch.nan)
+    logits = torch.full((3, 1000), torch.nan)
     with recording() as launches:
-        sm120.topk(logits, torch.tensor([900, 3], dtype=torch.int32), 1000)
+        sm120.topk(logits, torch.tensor([1000, 900, 3], dtype=torch.int32), 1000)
     assert launches[0].bytes_read["logits"] == 0
 
 
@@ -305,6 +333,18 @@ def test_a_workspace_may_hold_anything(device: str) -> None:
         lengths = torch.tensor([20000], dtype=torch.int32, device=device)
         out = sm120.topk(logits.to(device), lengths, 512, workspace=workspace).cpu()
         assert [sorted(row) for row in out.tolist()] == reference.topk(logits, [20000], 512)
+
+
+def test_the_merge_leaves_rows_of_one_part_alone(device: str) -> None:
+    """Nothing is published of them: what stands in the workspace could be fronts, and is none."""
+    lengths = [1000, 300, 37, 1, 700]
+    logits, k = torch.randn(len(lengths), 20000), 2
+    size = sm120.topk_workspace_bytes(len(lengths), 20000, k, device=device)
+    assert size > 0
+    workspace = torch.randn(size // 4).view(torch.uint8).to(device)
+    there = torch.tensor(lengths, dtype=torch.int32, device=device)
+    out = sm120.topk(logits.to(device), there, k, workspace=workspace).cpu()
+    assert [sorted(p for p in row if p >= 0) for row in out.tolist()] == reference.topk(logits, lengths, k)
 
 
 @given(data=st.data())
