@@ -177,6 +177,14 @@ def test_bounds_outside_the_run_are_cut(device: str) -> None:
     assert (logits[0, 70:72] == 0).all() and (logits[2] == POISON).all()
 
 
+@pytest.mark.parametrize("end", [-(2**31), -1, 15, 16])
+def test_a_row_that_ends_before_it_begins_is_empty(end: int, device: str) -> None:
+    """However far before: the two may be more than 2^31 apart."""
+    problem = Sparse([100, 60], block_kv=0, starts=[0, 16], heads=16, device=device)
+    problem.ke[1] = end
+    assert (run(problem)[1] == POISON).all()
+
+
 def test_weights_of_fp32_and_with_a_stride(device: str) -> None:
     problem = Sparse([100, 60], weights_dtype=torch.float32, device=device)
     problem.weights = torch.cat([problem.weights, torch.full_like(problem.weights, torch.nan)], dim=1)[:, :32]

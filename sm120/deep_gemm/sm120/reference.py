@@ -153,7 +153,7 @@ def ragged_sparse_logits(
     """Float64 [rows, width * block]; -inf where nothing is written. Arguments as in `sparse.py`."""
     keys = dequantize(*kv)
     first = starts.clamp(max=len(keys))
-    positions = listed_positions(lists, ends.clamp(max=len(keys)) - first, block)
+    positions = listed_positions(lists, ends.clamp(max=len(keys)).maximum(first) - first, block)
     further = starts[:, None] % block if unaligned else 0
     return _listed_logits(q, keys, weights, torch.where(positions < 0, -1, positions + further), logits_of)
 

@@ -40,7 +40,7 @@ struct SparseMetadata {
     __device__ static int entries_of(const SparseMetadataParams& p, int row, int& first) {
         const int end = p.windows.length(row);
         first = kPage ? 0 : min(max(int(ptx::load_word(p.windows.starts + row)), 0), p.windows.limit);
-        const uint32 keys = max(0, min(end, p.windows.limit) - first);
+        const uint32 keys = max(first, min(end, p.windows.limit)) - first;
         return min(uint32(p.width), keys / kBlock + (keys % kBlock > 0));
     }
 
