@@ -43,6 +43,7 @@ class FewRows(ctypes.Structure):
         ("shares", ctypes.c_int32),
         ("takers", ctypes.c_int32),
         ("quarters", ctypes.c_int32),
+        ("pairs", ctypes.c_int32),
         ("takers_inverse", ctypes.c_uint32),
         ("spare_inverse", ctypes.c_uint32),
     ]
@@ -157,8 +158,9 @@ class Config:
     @cached_property
     def tokens(self) -> int:
         """Of a warp: two where a query takes at most 16 registers of a lane, since what it takes to bring a key is then
-        worth the while; paged, no more than are likely to see the same keys. A list of blocks is one row's."""
-        small = self.padded_heads <= (32 if self.fp4 else 16)
+        worth the while; in few rows at most 32 (FP8, 64 x 16K with next_n 4 and 32 heads: 72 instead of 90 us; stand-in
+        on an H100, 28 Nov 2026). Paged, no more than are likely to see the same keys. A list of blocks is one row's."""
+        small = self.padded_heads <= (32 if self.fp4 or self.few_rows > 1 else 16)
         most = 2 if small and self.arch.startswith("sm_12") and not self.block else 1
         return min(most, self.next_n) if self.page else most
 
@@ -214,7 +216,10 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         call = f"{template}<{sizes}, {blocks}, {weight}, {logit}, {config.warps}>::{run}(p);"
     elif config.page:
         layout, page, header = "paged", f"_p{config.page}_{rows}_t{config.tokens}", "paged.cuh"
-        call, parameters = f"Paged<{sizes}, {config.page}, {types}>::{run}(p);", PagedParams
+        # Few rows gain up to 10% by that, and one of FP4 as well; one of FP8 loses up to 5% (stand-in on an H100,
+        # 28 Nov 2026). With many rows it has not been timed.
+        past_end = str(config.few_rows > (0 if config.fp4 else 1)).lower()
+        call, parameters = f"Paged<{sizes}, {config.page}, {types}, {past_end}>::{run}(p);", PagedParams
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
         call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
@@ -277,7 +282,8 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     shares = config.warps // sets
     takers = slots * shares
     inverse, spare = (min(2**32 - 1, 2**32 // number) for number in (takers, takers - rows))
-    return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), inverse, spare)
+    pairs = int(shares % 2 == 0 and not config.block)  # of lists it has not been timed
+    return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), pairs, inverse, spare)
 
 
 class Plan(NamedTuple):

@@ -64,14 +64,16 @@ struct Stream {
         next_scale = ptx::load_word(source.template scales<kWhole>(tile, last_key(), kMany ? kept_scale : own_scale()));
     }
 
-    // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied, and so does
-    // their scale: FP4's mma takes it, so the next one waits beside it; FP8 needs it in the end only.
+    // Scores a tile. Each half of its keys makes room for the next tile's as soon as it has been multiplied. The next scale
+    // is asked for together with the first half and waits beside this one, since all loads of a tile are awaited together and
+    // a late one costs; where FP8 has no register left for it, it follows when this one has been used.
     template <Next kNext, bool kMany>
     __device__ void turn(int tile) {
         const int next = tile + step;
         constexpr bool kFetch = kNext != Next::kNone, kWhole = kNext == Next::kWhole;
+        constexpr bool kScaleBeside = Format::kScaleFirst || !kMany && Source::kTilesWhole;
         float sums[kTokens][4][2] = {};
-        if constexpr (Format::kScaleFirst) scale = next_scale;
+        if constexpr (kScaleBeside) scale = next_scale;
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             scorer.template keys<0>(sums[i][0], i, words[0], scale, lane);
@@ -80,7 +82,7 @@ struct Stream {
         if constexpr (kFetch) {
             source.template locate<kMany && kWhole>(next, step, last_key(), lane);
             fetch<0, kWhole, kMany>(next);
-            if constexpr (Format::kScaleFirst) fetch_scale<kWhole, kMany>(next);
+            if constexpr (kScaleBeside) fetch_scale<kWhole, kMany>(next);
             demand<0>(never);
         }
         #pragma unroll
@@ -95,8 +97,10 @@ struct Stream {
         if constexpr (kMany && kWhole && (Source::kFromZero || kHeads * kTokens > 32)) demand<1>(never_either);
         float logits[kTokens];
         #pragma unroll
-        for (int i = 0; i < kTokens; ++i) logits[i] = Format::finish(scorer.total(sums[i], lane), next_scale);
-        if constexpr (kFetch && !Format::kScaleFirst) fetch_scale<kWhole, kMany>(next);
+        for (int i = 0; i < kTokens; ++i) {
+            logits[i] = Format::finish(scorer.total(sums[i], lane), kScaleBeside ? scale : next_scale);
+        }
+        if constexpr (kFetch && !kScaleBeside) fetch_scale<kWhole, kMany>(next);
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             if constexpr (!kMany) {
@@ -117,9 +121,9 @@ struct Stream {
     // Asks for the first tile.
     __device__ void begin(int tile) {
         source.locate(tile, step, last_key(), lane);
-        fetch<0, false>(tile);
-        fetch<1, false>(tile);
-        fetch_scale<false>(tile);
+        fetch<0, Source::kTilesWhole>(tile);
+        fetch<1, Source::kTilesWhole>(tile);
+        fetch_scale<Source::kTilesWhole>(tile);
     }
 
     // Tiles tile, tile + step, ... below `to`; the first one has been asked for. kMany: where it pays to set up a leaner loop.
@@ -137,7 +141,8 @@ struct Stream {
             if constexpr (Format::kScaleFirst) never = __reduce_max_sync(kAllLanes, never);       // FP8 has no register left
         }
         if (tile + step < to) {
-            const int cut = to - 2 * step;
+            constexpr bool kCut = kMany || !Source::kTilesWhole;
+            const int cut = to - (kCut ? 2 : 1) * step;
             if constexpr (kMany) {
                 while (tile < cut) {
                     if (!source.opened()) source.open(tile + step, step, last_key(), lane);
@@ -147,8 +152,7 @@ struct Stream {
                 #pragma unroll (kHeads * kTokens > 16 ? 1 : 2)   // with few heads it pays not to move what a turn hands on
                 for (; tile < cut; tile += step) turn<Next::kWhole, false>(tile);
             }
-            turn<Next::kCut, kMany>(tile);
-            tile += step;
+            if constexpr (kCut) turn<Next::kCut, kMany>(tile), tile += step;
         }
         turn<Next::kNone, kMany>(tile);
     }
@@ -157,10 +161,12 @@ struct Stream {
     __device__ void begin_eight(int unit) {
         const int tile = unit / 4, key = unit % 4 * 8;
         source.locate(tile, 0, last_key(), lane);
-        const uint32 offset = Format::lane_offset(lane);
-        Format::load(words[0], key < kTile / 2 ? source.template values<0, false>(tile, last_key(), key + lane.g, 0, offset, 0)
-                                               : source.template values<1, false>(tile, last_key(), key + lane.g, 0, offset, 0));
-        next_scale = ptx::load_word(source.template scales<false>(
+        const uint32 offset = Format::lane_offset(lane), first = key * Format::kRowBytes + own();
+        constexpr bool kWhole = Source::kTilesWhole;
+        Format::load(words[0], key < kTile / 2
+            ? source.template values<0, kWhole>(tile, last_key(), key + lane.g, 0, offset, first)
+            : source.template values<1, kWhole>(tile, last_key(), key + lane.g, 0, offset, first));
+        next_scale = ptx::load_word(source.template scales<kWhole>(
             tile, last_key(), key + (Format::kScaleFirst ? lane.g : scorer.key_of_eight(lane))));
     }
 
