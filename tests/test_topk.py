@@ -156,7 +156,7 @@ def test_any_values(fill: str, columns: int, k: int, device: str) -> None:
     check(FILLS[fill](2, columns), [columns, columns - 77], k, device=device)
 
 
-@pytest.mark.parametrize("columns, k", [(11000, 512), (14000, 2048)])
+@pytest.mark.parametrize("columns, k", [(11000, 512), (14000, 2048), (17000, 2048)])
 @pytest.mark.parametrize("fill", FILLS)
 def test_any_values_in_one_part(fill: str, columns: int, k: int, device: str, one_part: None) -> None:
     """A block goes through the row piece by piece, behind a gate that rises."""

@@ -7,7 +7,7 @@
 // Rows may begin within a run of keys: their lists have numbers of the run's blocks.
 //
 // The least of the k largest is found by a histogram in shared memory. Its bins are made for logits: the upper bits of an
-// fp16, 32 bins to each power of two from 2^-14 to 2^16, of both signs. As a rule the bin in which the k-th falls holds a few
+// fp16, 32 or 64 bins to each power of two from 2^-14 to 2^16, of both signs. As a rule the bin in which the k-th falls holds a few
 // keys, which are ranked by comparing them with each other.
 //
 // Whole   a block holds its row, or its part of one, in registers, counts all of it, and takes what lies above the bin.
@@ -204,16 +204,33 @@ struct Row {
         float* scores;
         int offset;
 
-        __device__ void put(int at, uint32 position) const {
-            const uint32 number = kUnits ? row.base + position : position;
-            int place = number;
-            if (pages) {
-                const int page = p.page_shift >= 0 ? number >> p.page_shift : number / uint32(p.page);
-                const uint32 found = p.table_columns > 0 ? ptx::load_word(pages + min(page, p.table_columns - 1)) : 0;
-                place = found * p.page + (number - page * p.page);
+        // What stands for each of some positions; their pages are looked up at once.
+        template <int kCount>
+        __device__ void find_places(const uint32 (&positions)[kCount], uint32 (&places)[kCount]) const {
+            #pragma unroll
+            for (int i = 0; i < kCount; ++i) places[i] = number_of(positions[i]);
+            if (!pages) return;
+            uint32 page[kCount], found[kCount] = {};
+            if (p.page_shift >= 0) {
+                #pragma unroll
+                for (int i = 0; i < kCount; ++i) page[i] = places[i] >> p.page_shift;
+            } else {
+                #pragma unroll
+                for (int i = 0; i < kCount; ++i) page[i] = places[i] / uint32(p.page);
             }
+            if (p.table_columns > 0) {
+                #pragma unroll
+                for (int i = 0; i < kCount; ++i) found[i] = ptx::load_word(pages + row.column_of(page[i]));
+            }
+            #pragma unroll
+            for (int i = 0; i < kCount; ++i) places[i] += (found[i] - page[i]) * p.page;
+        }
+
+        __device__ uint32 number_of(uint32 position) const { return kUnits ? row.base + position : position; }
+
+        __device__ void put(int at, uint32 position, uint32 place) const {
             out[at] = place + offset;
-            if (positions) positions[at] = number;
+            if (positions) positions[at] = number_of(position);
             if (scores) scores[at] = row.value_at(position);
         }
 
@@ -242,7 +259,9 @@ struct Row {
         const Results results = this->results();
         #pragma unroll 1
         for (int i = threadIdx.x; i < p.k; i += blockDim.x) {
-            if (i < length) results.put(i, i);
+            const uint32 position[1] = {uint32(i)};
+            uint32 place[1];
+            if (i < length) results.find_places(position, place), results.put(i, i, place[0]);
             else results.put_nothing(i);
         }
     }
@@ -339,11 +358,12 @@ struct Block {
             if (thread == 0 && !bin_0_counts) bins[0] = 0;
             #pragma unroll
             for (int i = 0; i < kOwn; ++i) sum += bins[i];
-            until = sum_of_lanes(sum);
-            if (lane == 31) memory.totals[warp] = until;
+            const uint32 total = __reduce_add_sync(kAllLanes, sum);
+            if (lane == 0) memory.totals[warp] = total;
         }
         __syncthreads();
         if (owner) {
+            until = sum_of_lanes(sum);                   // while the totals are on their way
             const int before = until - sum + __reduce_add_sync(kAllLanes, lane < warp ? memory.totals[lane] : 0);
             if (before < want && before + int(sum) >= want) {
                 int bin = thread * kOwn, above = before, upto = before, end = before + sum;
@@ -378,9 +398,8 @@ struct Block {
 
     // How many lanes before this one have, by warps, and all of them. A barrier.
     __device__ Places share_out(int mine) {
-        const int until = sum_of_lanes(mine);
-        const Places warps = share_out_warps(__shfl_sync(kAllLanes, until, 31));
-        return {warps.first + until - mine, warps.total};
+        const Places warps = share_out_warps(__reduce_add_sync(kAllLanes, mine));
+        return {warps.first + sum_of_lanes(mine) - mine, warps.total};
     }
 
     template <int kValues>
@@ -416,28 +435,35 @@ struct Block {
 
     // `inside` ties: the `want` largest of them are chosen[first] and what follows.
     __device__ void rank(int inside, int want, int first) {
-        auto place = [&](int rank, uint32 position) {
-            if (lane == 0 && rank < want) chosen()[first + rank] = position;
+        auto place = [&](bool mine, int rank, uint32 position) {
+            if (mine && rank < want) chosen()[first + rank] = position;
         };
-        if (__builtin_expect(inside <= 32, 1)) {
-            const uint2 other = entry_of(memory.ties, lane, inside);
-            #pragma unroll
-            for (int turn = 0; turn < 32 / kWarps; ++turn) {
-                const int i = warp + turn * kWarps;
-                if (i >= inside) break;
-                const uint2 tie = memory.ties[i];
-                place(__popc(__ballot_sync(kAllLanes, is_above(other, tie))), tie.y);
-            }
-        } else {
-            #pragma unroll 1
+        if (__builtin_expect(inside <= 64, 1)) {
+            const uint2 other = entry_of(memory.ties, lane, inside), another = entry_of(memory.ties, lane + 32, inside);
+            #pragma unroll 2
             for (int i = warp; i < inside; i += kWarps) {
                 const uint2 tie = memory.ties[i];
+                int rank = __popc(__ballot_sync(kAllLanes, is_above(other, tie)));
+                if (inside > 32) rank += __popc(__ballot_sync(kAllLanes, is_above(another, tie)));
+                place(lane == 0, rank, tie.y);
+            }
+        } else {
+            // As many neighbouring lanes to a tie as there are: each compares it with its share of the others.
+            const int shift = max(0, __clz(inside - 1) - __clz(kThreads - 1)), lanes = 1 << shift;
+            #pragma unroll 1
+            for (int some = 0; some < inside; some += kThreads >> shift) {
+                const int i = some + (thread >> shift);
+                const uint2 tie = entry_of(memory.ties, i, inside);
                 int rank = 0;
-                #pragma unroll 1
-                for (int others = 0; others < inside; others += 32) {
-                    rank += __popc(__ballot_sync(kAllLanes, is_above(entry_of(memory.ties, others + lane, inside), tie)));
+                #pragma unroll 4
+                for (int other = thread & (lanes - 1); other < inside; other += lanes) {
+                    rank += is_above(memory.ties[other], tie);
                 }
-                place(rank, tie.y);
+                #pragma unroll 1
+                for (int distance = 1; distance < lanes; distance *= 2) {
+                    rank += __shfl_xor_sync(kAllLanes, rank, distance);
+                }
+                place(i < inside && (thread & (lanes - 1)) == 0, rank, tie.y);
             }
         }
     }
@@ -451,7 +477,8 @@ struct Block {
             #pragma unroll
             for (int i = 0; i < kValues; ++i) ptx::store_if_between(at, values[i], match.low, match.high, position(i));
         }
-        uint32 at = ptx::shared_address(chosen() + share_out(above).first);
+        const Places places = share_out(above);
+        uint32 at = ptx::shared_address(chosen() + places.first);
         #pragma unroll
         for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
         rank(match.inside, k - match.above, match.above);
@@ -496,9 +523,10 @@ struct Block {
     // Divides a bin that holds more than `limit`, by the bits of the keys in it. `values`: in registers, or the list's size.
     template <class Values>
     __device__ Match refine(Match match, int want, int limit, const Values& values) {
+        if (__builtin_expect(match.inside <= limit, 1)) return match;
         uint32 low = key_of(match.low), high = match.high == match.high ? key_of(match.high) : low + 1;
         #pragma unroll 1
-        while (__builtin_expect(match.inside > limit && high - low > 1, 0)) {
+        while (match.inside > limit && high - low > 1) {
             const int shift = max(0, 32 - __clz(high - low - 1) - kDigit);
             each(values, [&](float value) {
                 if (value >= match.low && !(value >= match.high)) count(kBins - 1 - ((key_of(value) - low) >> shift));
@@ -684,8 +712,18 @@ struct Block {
         __syncthreads();
         const uint32* order = chosen();
         if constexpr (kAscending) order = ascend(row.p.k);
-        #pragma unroll 1
-        for (int i = thread; i < row.p.k; i += kThreads) results.put(i, order[i]);
+        constexpr int kSome = kMost < kThreads ? 1 : kMost / kThreads > 4 ? 4 : kMost / kThreads;
+        #pragma unroll 1                                  // some at once, so that their pages are loaded together
+        for (int first = thread; first < row.p.k; first += kSome * kThreads) {
+            uint32 positions[kSome], places[kSome];
+            #pragma unroll
+            for (int i = 0; i < kSome; ++i) positions[i] = order[min(first + i * kThreads, row.p.k - 1)];
+            results.find_places(positions, places);
+            #pragma unroll
+            for (int i = 0; i < kSome; ++i) {
+                if (first + i * kThreads < row.p.k) results.put(first + i * kThreads, positions[i], places[i]);
+            }
+        }
     }
 };
 
