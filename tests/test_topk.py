@@ -601,7 +601,7 @@ def test_keys_of_a_run_that_are_chosen_whole_are_not_read() -> None:
 
 
 def test_keys_of_a_prefill_that_are_chosen_whole_are_not_read(turns: str) -> None:
-    lengths = torch.randint(0, 201, (48, 1)).tolist()
+    lengths = [*torch.randint(0, 201, (47, 1)).tolist(), [200]]
     paged = Paged([*lengths, [2000]], heads=8, dim=64, slots=8)  # columns enough for turns
     schedule = deep_gemm.get_paged_mqa_logits_metadata(paged.context_lens, paged.block_kv, paged.slots)
     choice = partial(sm120.fp8_fp4_paged_mqa_topk, *paged.arguments(schedule), 200)

@@ -172,6 +172,7 @@ TESTS = {
         "test_sharing.py",
     ],
     "sm120/kernels/lists.cuh": [
+        WHOLE[3],
         "test_sparse.py::TestMetadata::test_truncated_copy",
         "test_sparse.py::TestMetadata::test_columns_past_the_output_are_cut",
         "test_sparse.py::TestMetadata::test_foreign_bytes_write_nothing_outside",
@@ -759,7 +760,7 @@ EXPLAINED = {
     "if (start «>= → >» total) return {rows, 0};": "the end, named as what is behind the last row's last split",
     "step * lane.id < span && head(probe).before «<= → <» start;": "a row's begin, named as the end of another",
     "int(ptx::load_word(p.windows.starts + row)), 0)«, p.windows.limit → , 0x7fffffff»);": "no blocks are there",
-    "if (lane == 0 && rank «< → <=» want) chosen()[first + rank] = position;": "the entry behind the k-th is not read",
+    "if (mine && rank «< → <=» want) chosen()[first + rank] = position;": "the entry behind the k-th is not read",
     "if (match.inside > 0) gate = «fmaxf(gate, match.low) → match.low»;": "k that are counted reach the gate as it was",
 }
 
