@@ -18,6 +18,7 @@ FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _MOST_REQUESTS = 1024  # of a decode step
 _QUARTERS = 4  # of an SM, each with a tensor pipe of its own
+_SIZES = 64  # of calls that are remembered: all layers of a step make the same one
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
 _PARTS_OF_SM, _PARTS_IN_STRIPE, _STRIPES = 256, 16, 4
 
@@ -263,7 +264,7 @@ def rows_per_group(config: Config, next_n: int) -> int:
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
-@lru_cache(MOST)
+@lru_cache(_SIZES)
 def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int, int]:
     """How the ragged kernel's work is cut: groups of rows; in how many parts the keys of each; and in how many stripes
     the list of all these, from each of which a block takes neighbouring parts. Parts are small, so that blocks have
@@ -273,7 +274,7 @@ def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int,
     return groups, each, max(1, min(_STRIPES, groups * each // (_PARTS_IN_STRIPE * num_sms)))
 
 
-@lru_cache(MOST)
+@lru_cache(_SIZES)
 def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     """What a kernel of few rows would otherwise divide for."""
     if not config.few_rows:
@@ -295,7 +296,7 @@ class Plan(NamedTuple):
     few: FewRows
 
 
-@lru_cache(MOST)
+@lru_cache(_SIZES)
 def plan_of(
     arch: str, fp4: bool, heads: int, dim: int, page: int, weights: torch.dtype, logits: torch.dtype,
     rows: int, next_n: int, slots: int, alignment: int, maxima: bool,
