@@ -143,6 +143,7 @@ TESTS = {
     "sm120/kernels/stream.cuh": [
         *SHAPES,
         SMALL,
+        "test_sharing.py",
         "test_paged.py::test_more_tiles_than_a_warp_has_lanes",
         "test_sparse.py::test_blocks_and_pages",
         "test_rows.py::test_one_row_of_small_lengths",
