@@ -1,5 +1,6 @@
 """Fresh random problems for the indexer's functions, and the comparison with float64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 import deep_gemm
 from deep_gemm.sm120 import reference
+from deep_gemm.sm120.emulator import recording
 from deep_gemm.sm120.kernels import logits
 
 
@@ -278,6 +280,13 @@ def poisoned(
     """An output with rows `columns + pad` apart, all poison: what is written, and what should not be, shows."""
     whole = torch.full((rows, columns + pad), POISON, dtype=dtype, device=device)
     return whole[:, :columns]
+
+
+def keys_read(call: Callable[..., torch.Tensor], argument: str, each: int, **options) -> float:
+    """How many keys' bytes, `each` so many, all launches of a call ask for."""
+    with recording() as launches:
+        call(**options)
+    return sum(launch.bytes_read.get(argument, 0) for launch in launches) / each
 
 
 def prefill_from(monkeypatch: Any, rows: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Paged, Ragged, assert_rows_apart, poisoned
+from problems import Paged, Ragged, assert_rows_apart, keys_read, poisoned
 
 import deep_gemm
 from deep_gemm import sm120
@@ -563,13 +563,6 @@ def test_a_ragged_prefill_takes_turns(fp4: bool, turns: str, device: str) -> Non
     assert size <= 48 * topk_module._LOGITS_BYTES
     workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     chosen_of_ragged(problem, 200, device, workspace=workspace)
-
-
-def keys_read(call: Callable[..., torch.Tensor], argument: str, each: int, **options) -> float:
-    """How many keys' bytes all launches of a call ask for."""
-    with recording() as launches:
-        call(**options)
-    return sum(launch.bytes_read.get(argument, 0) for launch in launches) / each
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,8 @@ def fp8_fp4_paged_mqa_topk(
                                      16; its content does not matter
 
     Returns int32 [batch * next_n, k]. Keys of rows that see at most k of them are not read, unless `scores` are wanted.
-    Rows by the hundred are a prefill: what is kept of it takes 64 KB a row at most,
-    however long the rows are. It is scored some rows at a time, or some keys: the best so far are carried along.
+    Rows by the hundred are a prefill: what is kept of it takes 64 KB a row at most, however long the rows are. It is
+    scored some rows at a time, or some keys: the best so far are carried along.
     """
     query = arguments.query(q, 4)
     device, (batch, next_n) = query.device, query.shape[:2]
@@ -283,7 +283,7 @@ def fp8_fp4_mqa_topk(
     out, positions, scores       as in `topk`
     workspace                    as in `fp8_fp4_paged_mqa_topk`
 
-    Returns int32 [seq_len, k]. Rows by the hundred are scored some of them, or some keys, at a time, as there.
+    Returns int32 [seq_len, k]. Which keys are not read, and how rows by the hundred are scored, is as there.
     """
     query = arguments.query(q, 3)
     device, rows = query.device, query.shape[0]
@@ -391,15 +391,14 @@ def fp8_fp4_paged_sparse_mqa_topk(
             debug.sparse_metadata(metadata, context_lens, **sizes, places=places)
 
     logits, columns, rest = plan.parts_of(workspace)
-    paged_sparse_logits(query, kv_cache, weights, metadata, width, block, logits, k if scores is None else 0)
+    results = _Results(sparse.places(metadata, rows, width) if translate else lists, block, None, out, None, scores)
+    paged_sparse_logits(query, kv_cache, weights, metadata, width, block, logits, results.least)
     limit = NO_LIMIT if kv_cache.shape[0] else 0
     listed_columns.count_columns(lists, context_lens, block, limit, columns)
     kernels.topk(
         plan.config, plan.parts,
         logits=logits, windows=Windows(None, columns.data_ptr(), rows, 1, 1, NO_LIMIT), ends_are_lengths=True,
-        bounds={"columns": columns}, k=k, page=block,
-        block_table=sparse.places(metadata, rows, width) if translate else lists, offset=None,
-        workspace=rest, out=out, positions=None, scores=scores,
+        bounds={"columns": columns}, k=k, workspace=rest, **results._asdict(),
     )  # fmt: skip
     return out
 
