@@ -12,6 +12,7 @@
 //   kSteps         mma for 16 heads and 8 keys
 //   lane_offset    where in a row the words of a lane begin
 //   load           the lane's words of a row, given the address of the first
+//   load_once      the same of a key that no other warp wants
 //   widen          from the words as they were loaded to operands
 //   QueryScales    of all heads, what a lane holds of them
 //   multiply       one step, all heads: scores[tile] += query[tile][step] * key
@@ -43,6 +44,9 @@ struct Fp8 {
     __device__ static uint32 lane_offset(const Lane& lane) { return 4 * kVector * lane.t; }
     __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
         for (int j = 0; j < kLoaded; j += kVector) ptx::load<kVector>(words + j, address + 16 * j);
+    }
+    __device__ static void load_once(uint32 (&words)[kLoaded], const uint8* address) {
+        for (int j = 0; j < kLoaded; j += kVector) ptx::load_once<kVector>(words + j, address + 16 * j);
     }
 
     __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
@@ -164,6 +168,9 @@ struct Fp4 : Microscaled<Fp4<Dim>> {
     __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) {
         for (int j = 0; j < kLoaded; ++j) words[j] = ptx::load_word(address + 16 * j);
     }
+    __device__ static void load_once(uint32 (&words)[kLoaded], const uint8* address) {
+        for (int j = 0; j < kLoaded; ++j) ptx::load_once<1>(words + j, address + 16 * j);
+    }
 
     __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
         for (int j = 0; j < kWords; ++j) words[j] = loaded[j];
@@ -184,6 +191,9 @@ struct Fp4Widened : Unscaled {
 
     __device__ static uint32 lane_offset(const Lane& lane) { return Fp4<Dim>::lane_offset(lane); }
     __device__ static void load(uint32 (&words)[kLoaded], const uint8* address) { Fp4<Dim>::load(words, address); }
+    __device__ static void load_once(uint32 (&words)[kLoaded], const uint8* address) {
+        Fp4<Dim>::load_once(words, address);
+    }
 
     __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
         for (int j = 0; j < kLoaded; ++j) {

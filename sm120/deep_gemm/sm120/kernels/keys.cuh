@@ -14,6 +14,7 @@
 //                      which the key lies. Keys past `last_key` are not there: it is read in their place. Where the tile is
 //                      kWhole there are none, and it is `own` that counts: key * row bytes + offset
 //   kTilesWhole        whether every tile is whole: what is there past a row's last key is read, and counts for nothing
+//   kReadOnce          whether no other warp reads the same keys
 #pragma once
 
 #include "lists.cuh"
@@ -29,12 +30,13 @@ struct Pages {
 
 // kPage keys a page. No table entry leads outside the cache: one that would is taken for the last page.
 // kPastEnd: what a tile's page holds past a row's last key is read as well, where a page holds whole tiles.
-template <int kPage, int kRowBytes, bool kPastEnd>
+// kOnce: each key is one warp's.
+template <int kPage, int kRowBytes, bool kPastEnd, bool kOnce>
 struct PagedKeys {
     using Params = Pages;
     static_assert(kPage % 16 == 0);
     static constexpr bool kOnePage = kPage % kTile == 0;   // else the two halves of a tile may lie in two pages
-    static constexpr bool kTilesWhole = kOnePage && kPastEnd, kFromZero = true;
+    static constexpr bool kTilesWhole = kOnePage && kPastEnd, kFromZero = true, kReadOnce = kOnce;
 
     // Page numbers come from as far as keys do, and keys cannot be asked for without them. So lane i holds that of the ith
     // tile to come, of 32; a shuffle hands it out.
@@ -119,7 +121,7 @@ struct Run {
 template <int kRowBytes>
 struct RunOfKeys {
     using Params = Run;
-    static constexpr bool kTilesWhole = false, kFromZero = false;
+    static constexpr bool kTilesWhole = false, kFromZero = false, kReadOnce = false;
     const Run& p;
 
     __device__ RunOfKeys(const Run& p, int) : p(p) {}
@@ -169,7 +171,7 @@ struct ListedKeys {
     static_assert(kBlock % 8 == 0 && kPage % kBlock == 0);
     static constexpr uint32 kEights = kBlock / 8;      // of a block: eight keys that lie together
     static constexpr uint32 kBlocks = kPage ? kPage / kBlock : 1;
-    static constexpr bool kTilesWhole = false, kFromZero = true;
+    static constexpr bool kTilesWhole = false, kFromZero = true, kReadOnce = false;
 
     const Params* p;
     const uint8* list;           // places of this row

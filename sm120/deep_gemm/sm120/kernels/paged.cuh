@@ -26,5 +26,6 @@ struct PagedParams {
 };
 static_assert(sizeof(PagedParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
-template <class Format, int kHeads, int kPage, class Weight, class Logit, int kWarps, int kTokens, bool kPastEnd>
-using Paged = Rows<PagedParams, Format, kHeads, PagedKeys<kPage, Format::kRowBytes, kPastEnd>, Weight, Logit, kWarps, kTokens>;
+template <class Format, int kHeads, int kPage, class Weight, class Logit, int kWarps, int kTokens, bool kPastEnd, bool kOnce>
+using Paged = Rows<PagedParams, Format, kHeads, PagedKeys<kPage, Format::kRowBytes, kPastEnd, kOnce>, Weight, Logit, kWarps,
+                   kTokens>;

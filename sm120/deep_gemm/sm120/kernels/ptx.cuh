@@ -42,6 +42,25 @@ __device__ inline void load(uint32* words, const void* address) {
     }
 }
 
+// The same of keys that no other warp wants: their lines are the first to leave L1.
+template <int Words>
+__device__ inline void load_once(uint32* words, const void* address) {
+    if constexpr (Words == 8) {
+        asm volatile("ld.global.nc.L1::evict_first.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]),
+                       "=r"(words[4]), "=r"(words[5]), "=r"(words[6]), "=r"(words[7]) : "l"(address));
+    } else if constexpr (Words == 4) {
+        asm volatile("ld.global.nc.L1::evict_first.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(address));
+    } else if constexpr (Words == 2) {
+        asm volatile("ld.global.nc.L1::evict_first.v2.b32 {%0, %1}, [%2];"
+                     : "=r"(words[0]), "=r"(words[1]) : "l"(address));
+    } else {
+        static_assert(Words == 1);
+        asm volatile("ld.global.nc.L1::evict_first.b32 %0, [%1];" : "=r"(words[0]) : "l"(address));
+    }
+}
+
 // The same under a predicate: without it the words stay.
 __device__ inline void load_if(uint32 (&words)[4], const void* address, bool there) {
     asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %5, 0;\n\t"

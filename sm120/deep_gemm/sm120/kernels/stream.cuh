@@ -50,12 +50,17 @@ struct Stream {
     __device__ uint32 own() const { return lane.g * Format::kRowBytes + Format::lane_offset(lane); }
     __device__ uint32 own_scale() const { return Format::scale_key(lane, scorer.key_of(lane)); }
 
+    __device__ static void load_key(uint32 (&words)[Format::kLoaded], const uint8* address) {
+        if constexpr (Source::kReadOnce) Format::load_once(words, address);
+        else Format::load(words, address);
+    }
+
     template <int Half, bool kWhole, bool kMany = false>
     __device__ void fetch(uint32 tile) {
         #pragma unroll
         for (int j = 2 * Half; j < 2 * Half + 2; ++j) {
-            Format::load(words[j], source.template values<Half, kWhole>(tile, last_key(), lane.g, 8 * j,
-                                                                        Format::lane_offset(lane), kMany ? kept : own()));
+            load_key(words[j], source.template values<Half, kWhole>(tile, last_key(), lane.g, 8 * j,
+                                                                    Format::lane_offset(lane), kMany ? kept : own()));
         }
     }
 
@@ -163,7 +168,7 @@ struct Stream {
         source.locate(tile, 0, last_key(), lane);
         const uint32 offset = Format::lane_offset(lane), first = key * Format::kRowBytes + own();
         constexpr bool kWhole = Source::kTilesWhole;
-        Format::load(words[0], key < kTile / 2
+        load_key(words[0], key < kTile / 2
             ? source.template values<0, kWhole>(tile, last_key(), key + lane.g, 0, offset, first)
             : source.template values<1, kWhole>(tile, last_key(), key + lane.g, 0, offset, first));
         next_scale = ptx::load_word(source.template scales<kWhole>(
