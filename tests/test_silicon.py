@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import floors
 import overlap
 import peer
 import pytest
@@ -398,3 +399,76 @@ def test_the_probe_of_overlap_has_what_it_says(others: str, count: int) -> None:
     assert counted["HMMA"] == overlap.MMAS
     expected = {"FFMA": (0, 1), "FMNMX": (1, 0), "half each": (2 / 3, 1 / 3)}[others]
     assert (counted["FMNMX"], counted["FFMA"]) == tuple(round(overlap.MMAS * count * share) for share in expected)
+
+
+# ---- floors ---------------------------------------------------------------------------------------------------------
+
+
+class EmulatedFloor:
+    """In the place of `silicon_card.Function`."""
+
+    def __init__(self, floor: floors.Floor, tensors: list[torch.Tensor | None]) -> None:
+        self.floor, self.binary = floor, floor.build("sm_90a")
+        self.buffers = [Buffer.of(tensor, str(n)) for n, tensor in enumerate(tensors) if tensor is not None]
+
+    def bind(self, grid: tuple[int, int, int], threads: int, *arguments: bytes):
+        packed = b""
+        for argument in arguments:
+            packed += bytes(-len(packed) % len(argument)) + argument
+        shared = {"shared_bytes": self.floor.shared_bytes}
+        launch = Module(self.binary.ptx).launch
+        return lambda: launch(self.binary.name, grid, (threads, 1, 1), packed, self.buffers, **shared)
+
+
+@FORMATS
+@pytest.mark.parametrize("sizes", [(1, 64, 1, 64, ""), (1, 576, 2, 32, ""), (3, 320, 1, 64, "mixed")], ids=str)
+def test_a_floor_reads_every_word(sizes: tuple, fp4: bool) -> None:
+    """As often as it says, and nothing else; a word that is another one shows."""
+    sms, case = 2, Case("decode", fp4, *sizes)
+    it = inputs(case)
+    table = floors.flat_pages(it)
+    values, scales = it.q if fp4 else (it.q, None)
+    forms = floors.floors(case, sms)
+    assert len(forms) > 3
+    for floor in forms:
+        out = torch.zeros(floor.stores(len(table), sms), dtype=torch.int32)
+        function = EmulatedFloor(floor, [it.kv_cache, table, out, it.lengths, values, scales, it.weights])
+        floors.bind(floor, function, it, table, out, sms)()
+        want = floors.expected(floor, it, table, sms)
+        assert int(out.sum(dtype=torch.int64)) % 2**32 == want, floor.name
+    word = it.kv_cache[int(table[-1])].view(-1)[-4:]
+    word ^= 1
+    assert floors.expected(floor, it, table, sms) != want
+
+
+def test_what_floors_say() -> None:
+    entry = {"peer": 4.0, "mmas": 0, "key_bytes": 132 << 20}
+    report = {
+        "empty_us": 1.0,
+        "ghz": 2.0,
+        "sms": 132,
+        "copy_us": {"65536": 1.0, str(264 << 20): 101.0},
+        "overlap": {"x1": {"4": {"half each": [5.0, 6.0, 8.0]}}},
+        "cases": [
+            entry | {"name": "fp8 1 x 64", "floors": {"a": 2.0, "b": 1.9}, "ours": 2.6},  # 16 MMAs of 5 clocks: 1.94
+            entry | {"name": "fp8 1 x 1K", "floors": {"a": 2.58}, "ours": 2.7},
+            entry | {"name": "fp4 1 x 16K n4", "floors": {"a": 4.0}, "ours": 5.1},  # 4 tiles of 32 MMAs: 0.32
+            entry | {"name": "fp8 64 x 16K", "floors": {"a": 40.0}, "mmas": 132 * 4 * 20000, "ours": 51.0},
+            entry | {"name": "fp8 64 x 4K", "floors": {"a": 9.0}, "ours": 9.0},  # nothing is asked of it
+        ],
+    }
+    head, *rows = floors.decode_table(report)
+    found = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [row["by"] for row in found] == ["b", "a", "a", "a"]
+    assert [row["us"] for row in found] == ["2.60", "2.60", "5.00", "50.99"]
+    assert [row["limit"] for row in found] == ["1.94", "2.62", "4.32", "50.00"]
+    assert [row["verdict"] for row in found] == ["met", "out of reach", "not met", "not met"]
+    assert floors.beside_an_mma([5.0, 6.0, 8.0], 1.5) == 7 and floors.beside_an_mma([5.0, 6.0, 8.0], 3) == 10
+
+
+def test_what_stands_beside_an_mma(tree: substitute.Tree) -> None:
+    """The form's second MMA is not counted, nor what it needs."""
+    case = Case("prefill", True, 512, 8192, heads=32)
+    others = {form: floors.turn_of(tree, case, form) for form in substitute.FORMS}
+    assert len({warps for _, warps in others.values()}) == 1
+    assert max(n for n, _ in others.values()) - min(n for n, _ in others.values()) < 0.2

@@ -2,26 +2,30 @@
 
     python tools/evidence/overlap.py
 
-Clocks of a sub-partition for one `mma.sync.m16n8k16.f32.f16.f16.f32` (form x1 of the stand-in, substitute.py) and n
-FP32 instructions after it, in a loop of eight of these, all independent of each other. If they overlapped, n would not
-show before it reaches the MMA's own interval.
+Clocks of a sub-partition for one MMA as the stand-in's forms have it (substitute.py) and n FP32 instructions beside it,
+in a loop of eight of these, all independent of each other. If they overlapped, n would not show before it reaches the
+MMA's own interval.
 """
 
 from __future__ import annotations
 
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import peer
 import torch
 from silicon_card import Function, architecture
+from substitute import FORMS, replace_mma
 
-TURNS, MMAS = 512, 8
+TURNS, MMAS, COUNTS, WARPS = 512, 8, range(9), (3, 4)
 OTHERS = {
     "FFMA": ("fma.rn.f32 %0, %0, %1, %2;",) * 2,
     "FMNMX": ("max.NaN.f32 %0, %0, %1;",) * 2,
     "half each": ("max.NaN.f32 %0, %0, %1;", "fma.rn.f32 %0, %0, %1, %2;"),
 }
+# A turn's operands differ from those of the turn before: else ptxas takes x2s's second MMA out of the loop.
 SOURCE = """
 extern "C" __global__ __launch_bounds__(512, 1) void probe(long long* clocks, float* sink, int turns) {
     unsigned a[8][4], b[2];
@@ -34,6 +38,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void probe(long long* clocks, fl
     const long long begin = clock64();
     #pragma unroll 1
     for (int turn = 0; turn < turns; ++turn) {
+        b[0] ^= 0x80008000;
         #pragma unroll
         for (int i = 0; i < 8; ++i) {
             asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -58,33 +63,43 @@ extern "C" __global__ __launch_bounds__(512, 1) void probe(long long* clocks, fl
 """
 
 
-def source(others: str, count: int) -> str:
+def source(others: str, count: int, form: str = FORMS[0]) -> str:
     even, odd = OTHERS[others]
-    return SOURCE.replace("COUNT", str(count)).replace("EVEN", even).replace("ODD", odd)
+    return replace_mma(SOURCE, form).replace("COUNT", str(count)).replace("EVEN", even).replace("ODD", odd)
+
+
+def measure() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Clocks by form, warps of a sub-partition and kind of the other instructions, for each number of these."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    clocks = torch.zeros(sms, dtype=torch.int64, device="cuda")
+    sink = torch.zeros(1024, device="cuda")
+    arguments = struct.pack("Q", clocks.data_ptr()), struct.pack("Q", sink.data_ptr()), struct.pack("i", TURNS)
+    probes, options = list(product(FORMS, OTHERS, COUNTS)), [f"--gpu-architecture={architecture()}"]
+    with ThreadPoolExecutor() as workers:
+        texts = [source(others, count, form) for form, others, count in probes]
+        built = list(workers.map(lambda text: peer.build(text, "probe", options, {}).cubin, texts))
+    found = {form: {str(warps): {others: [] for others in OTHERS} for warps in WARPS} for form in FORMS}
+    for (form, others, _), cubin in zip(probes, built, strict=True):
+        function = Function("probe", cubin)
+        for warps in WARPS:
+            call = function.bind((sms, 1, 1), 128 * warps, *arguments)
+            call()
+            call()
+            torch.cuda.synchronize()
+            found[form][str(warps)][others].append(float(clocks.double().median()) / (TURNS * MMAS * warps))
+    return found
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("This needs a GPU.")
         return 1
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    clocks = torch.zeros(sms, dtype=torch.int64, device="cuda")
-    sink = torch.zeros(1024, device="cuda")
-    arguments = struct.pack("Q", clocks.data_ptr()), struct.pack("Q", sink.data_ptr()), struct.pack("i", TURNS)
-    counts = range(7)
-    print("| warps of a sub-partition | beside an MMA |", *(f"{n} |" for n in counts))
-    print("| --- | --- |", *("---: |" for _ in counts))
-    for warps in (3, 4):
-        for others in OTHERS:
-            row = []
-            for count in counts:
-                cubin = peer.build(source(others, count), "probe", [f"--gpu-architecture={architecture()}"], {}).cubin
-                call = Function("probe", cubin).bind((sms, 1, 1), 128 * warps, *arguments)
-                call()
-                call()
-                torch.cuda.synchronize()
-                row.append(float(clocks.double().median()) / (TURNS * MMAS * warps))
-            print(f"| {warps} | {others} |", *(f"{clock:.1f} |" for clock in row))
+    print("| form | warps of a sub-partition | beside an MMA |", *(f"{n} |" for n in COUNTS))
+    print("| --- | --- | --- |", *("---: |" for _ in COUNTS))
+    for form, by_warps in measure().items():
+        for warps, by_others in by_warps.items():
+            for others, row in by_others.items():
+                print(f"| {form} | {warps} | {others} |", *(f"{clock:.1f} |" for clock in row))
     return 0
 
 

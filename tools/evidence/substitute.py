@@ -150,7 +150,7 @@ class Tree:
         before = self.runtime._emulated
         self.runtime._emulated = found.append
         try:
-            self.sm120.warmup(heads, fp4=fp4, device="cpu")
+            self.sm120.warmup(heads, fp4=fp4, next_n=6, device="cpu")
         finally:
             self.runtime._emulated = before
         return found
