@@ -42,6 +42,20 @@ def test_page_sizes(block_kv: int, fp4: bool, device: str) -> None:
     run(Paged([block_kv - 1, block_kv, block_kv + 1, 600], block_kv=block_kv, heads=16, fp4=fp4, device=device))
 
 
+@FORMATS
+@pytest.mark.parametrize("offset", [4, 8, 16, 32])
+def test_where_queries_begin(offset: int, fp4: bool, device: str) -> None:
+    """A kernel loads as many bytes at once as they are aligned to: one row, of tiles and of eight keys; few; many."""
+    for rows, keys, next_n in ((1, 1000, 3), (1, 40, 1), (3, 300, 1), (5, 90, 2)):
+        problem = Paged([keys] * rows, next_n=next_n, slots=4, fp4=fp4, device=device)
+        queries = problem.q[0] if fp4 else problem.q
+        room = torch.empty(queries.numel() + 128, dtype=torch.uint8, device=device)
+        begin = -room.data_ptr() % 64 + offset
+        moved = room[begin : begin + queries.numel()].view(queries.dtype).view(queries.shape).copy_(queries)
+        problem.q = (moved, problem.q[1]) if fp4 else moved
+        run(problem)
+
+
 @pytest.mark.parametrize("slots", [2, 1])
 def test_more_tiles_than_a_warp_has_lanes(slots: int, device: str) -> None:
     """A lane holds the page of a tile to come: after 32 of them a warp asks for the next ones."""

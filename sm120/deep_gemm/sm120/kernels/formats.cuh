@@ -13,6 +13,7 @@
 //   lane_offset    where in a row the words of a lane begin
 //   load           the lane's words of a row, given the address of the first
 //   load_once      the same of a key that no other warp wants
+//   kTurned        whether queries have another way, `load_turned`, after which words change places or lanes in `turn_back`
 //   widen          from the words as they were loaded to operands
 //   QueryScales    of all heads, what a lane holds of them
 //   multiply       one step, all heads: scores[tile] += query[tile][step] * key
@@ -47,6 +48,23 @@ struct Fp8 {
     }
     __device__ static void load_once(uint32 (&words)[kLoaded], const uint8* address) {
         for (int j = 0; j < kLoaded; j += kVector) ptx::load_once<kVector>(words + j, address + 16 * j);
+    }
+
+    // Odd rows begin with their second half: so two loads of 16 bytes a lane do not meet in the same banks, for a select a
+    // word (8 x 16K with next_n 3 and 6, an MMA as on SM120: -5%; stand-in on an H100, 28 Nov 2026).
+    static constexpr bool kTurned = kVector == 4 && kLoaded == 8;
+    __device__ static void load_turned(uint32 (&words)[kLoaded], const uint8* address, const Lane& lane) {
+        const int first = lane.g % 2 ? 64 : 0;
+        ptx::load<4>(words, address + first);
+        ptx::load<4>(words + 4, address + (64 - first));
+    }
+    __device__ static void turn_back(uint32 (&words)[kLoaded], const Lane& lane) {
+        const bool odd = lane.g % 2;
+        for (int j = 0; j < 4; ++j) {
+            const uint32 first = words[j];
+            words[j] = odd ? words[j + 4] : first;
+            words[j + 4] = odd ? first : words[j + 4];
+        }
     }
 
     __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
@@ -159,8 +177,10 @@ struct Unscaled {
 // A scale binds 32 physical elements, so each lane of a quad must hold a quarter of every 32: one word out of each 16 bytes.
 // That is 4 loads for 8 keys, of 4 wavefronts each: half of what L1 serves in the time of their mma. One load of 16 bytes
 // a lane has 4 wavefronts in all, but then 4 words must change lanes: 4 shuffles and 12 selects.
-template <int Dim>
-struct Fp4 : Microscaled<Fp4<Dim>> {
+// Queries, which few rows load as often as keys, are worth that (1 x 16K 3.67 to 3.43 us, with next_n 4 5.13 to 4.68;
+// stand-in on an H100, 28 Nov 2026), where they are aligned to VectorBytes = 16.
+template <int Dim, int VectorBytes = 4>
+struct Fp4 : Microscaled<Fp4<Dim, VectorBytes>> {
     static constexpr int kRowBytes = Dim / 2;
     static constexpr int kLoaded = Dim / 32, kWords = kLoaded, kSteps = kWords / 2;
 
@@ -170,6 +190,24 @@ struct Fp4 : Microscaled<Fp4<Dim>> {
     }
     __device__ static void load_once(uint32 (&words)[kLoaded], const uint8* address) {
         for (int j = 0; j < kLoaded; ++j) ptx::load_once<1>(words + j, address + 16 * j);
+    }
+
+    static constexpr bool kTurned = VectorBytes == 16 && kLoaded == 4;
+    __device__ static void load_turned(uint32 (&words)[kLoaded], const uint8* address, const Lane& lane) {
+        ptx::load<4>(words, address + 12 * lane.t);       // and the offset of the lane: 16 t
+    }
+    // Word j of lane t and word t of lane j change places.
+    __device__ static void turn_back(uint32 (&words)[kLoaded], const Lane& lane) {
+        for (int step = 1; step <= 2; ++step) {
+            const bool upper = lane.t & step;
+            for (int n = 0; n < 2; ++n) {
+                uint32& first = words[step == 1 ? 2 * n : n];
+                uint32& second = words[step == 1 ? 2 * n + 1 : n + 2];
+                const uint32 got = __shfl_xor_sync(kAllLanes, upper ? first : second, step);
+                first = upper ? got : first;
+                second = upper ? second : got;
+            }
+        }
     }
 
     __device__ static void widen(uint32 (&words)[kWords], const uint32 (&loaded)[kLoaded]) {
@@ -186,6 +224,7 @@ struct Fp4 : Microscaled<Fp4<Dim>> {
 // ones and the odd ones.
 template <int Dim>
 struct Fp4Widened : Unscaled {
+    static constexpr bool kTurned = false;
     static constexpr int kRowBytes = Dim / 2;
     static constexpr int kLoaded = Dim / 32, kWords = 2 * kLoaded, kSteps = kLoaded;
 
@@ -208,6 +247,7 @@ struct Fp4Widened : Unscaled {
 // e4m3: each lane of a quad holds 8 of the 32 bytes that share a scale.
 template <int Dim, int VectorBytes>
 struct Mxfp8Rows {
+    static constexpr bool kTurned = false;
     static constexpr int kRowBytes = Dim;
     static constexpr int kLoaded = Dim / 16, kWords = kLoaded, kSteps = kWords / 2;
 

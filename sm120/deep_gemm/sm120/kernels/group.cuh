@@ -52,7 +52,7 @@ struct Group {
         // FP8's keys before its queries, which are twice as many as FP4's and come from as far. (Not the 0 of `prepare`: once
         // one has let a warp pass, the compiler knows that it is 0.)
         if constexpr (!Format::kScaleFirst) loop.template demand<1>(p.windows.next_n >> 31);
-        loop.load(p.queries, share.tokens);
+        loop.template load<!kMany>(p.queries, share.tokens);
         loop.template run<kMany>(share.tile, share.to);
     }
 
@@ -62,7 +62,7 @@ struct Group {
                                        const Lane& lane) {
         Loop<kN> loop = prepare(p, share, source, false, lane);
         loop.begin_eight(unit);
-        loop.load(p.queries, share.tokens);
+        loop.template load<false>(p.queries, share.tokens);
         loop.finish_eight(unit);
     }
 

@@ -31,24 +31,39 @@ struct Scorer {
     float weights[kTokens][kHeadTiles][2];
 
     // Place `i` takes the query of `token`. `zero` is 0, which the compiler must not know: it would keep the vectors as they
-    // were loaded and copy four words before every mma, 4 of 9 instructions of the loop (24 Nov 2026).
+    // were loaded and copy four words before every mma, 4 of 9 instructions of the loop (24 Nov 2026). kTurn: in the other
+    // way, where the format has one. All is asked for before any of it is turned back, which waits for it.
+    template <bool kTurn>
     __device__ void load(int i, const Queries& queries, int token, uint32 zero, const Lane& lane) {
+        constexpr bool kTurned = kTurn && Format::kTurned;
         const uint32 first_head = token * kHeads;
         const uint8* values = queries.values + int64(first_head + lane.g) * Format::kRowBytes + Format::lane_offset(lane);
         const uint8* factors = queries.weights + (token * queries.weights_stride + lane.g) * sizeof(Weight);
+        uint32 loaded[kHeadTiles][2][Format::kLoaded];
+        #pragma unroll
+        for (int m = 0; m < kHeadTiles; ++m) {
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int head = 16 * m + 8 * half;              // and lane.g: one address, constant offsets
+                #pragma unroll
+                for (int j = 0; j < Format::kLoaded; ++j) loaded[m][half][j] = 0;
+                weights[i][m][half] = 0;     // heads that pad the last tile weigh nothing
+                if (head < kHeads) {
+                    const uint8* address = values + head * Format::kRowBytes;
+                    if constexpr (kTurned) Format::load_turned(loaded[m][half], address, lane);
+                    else Format::load(loaded[m][half], address);
+                    weights[i][m][half] = weight(factors + head * sizeof(Weight));
+                }
+            }
+        }
+        scales[i].load(queries.scales + first_head, kHeads, lane);
         #pragma unroll
         for (int m = 0; m < kHeadTiles; ++m) {
             uint32 rows[2][Format::kWords];
             #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int head = 16 * m + 8 * half;              // and lane.g: one address, constant offsets
-                uint32 loaded[Format::kLoaded] = {};
-                weights[i][m][half] = 0;     // heads that pad the last tile weigh nothing
-                if (head < kHeads) {
-                    Format::load(loaded, values + head * Format::kRowBytes);
-                    weights[i][m][half] = weight(factors + head * sizeof(Weight));
-                }
-                Format::widen(rows[half], loaded);
+                if constexpr (kTurned) Format::turn_back(loaded[m][half], lane);
+                Format::widen(rows[half], loaded[m][half]);
             }
             #pragma unroll
             for (int s = 0; s < Format::kSteps; ++s) {
@@ -58,7 +73,6 @@ struct Scorer {
                 fragments[i][m][s][3] = rows[1][2 * s + 1] ^ zero;
             }
         }
-        scales[i].load(queries.scales + first_head, kHeads, lane);
     }
 
     __device__ static float weight(const uint8* address) {

@@ -118,9 +118,10 @@ struct Stream {
         }
     }
 
+    template <bool kTurn>
     __device__ void load(const Queries& queries, const int (&tokens)[kTokens]) {
         #pragma unroll
-        for (int i = 0; i < kTokens; ++i) scorer.load(i, queries, tokens[i], never, lane);
+        for (int i = 0; i < kTokens; ++i) scorer.template load<kTurn>(i, queries, tokens[i], never, lane);
     }
 
     // Asks for the first tile.
