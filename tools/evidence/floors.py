@@ -588,9 +588,7 @@ def show(report: dict) -> None:
     limit = geometric_mean([entry["peer"] / limit_us(report, entry) for entry in cases])
     ours = geometric_mean([entry["peer"] / entry["ours"] for entry in cases])
     print(f"The peer's time, geometric means of {len(cases)} cases: over the limit {limit:.2f}, over ours {ours:.2f}\n")
-    print(
-        "Clocks of a sub-partition for an MMA; the share of the MMA's rate; the peer's time over the limit's and ours:\n"
-    )
+    print("Clocks of a sub-partition for an MMA; share of its rate; the peer's time over the limit and over ours:\n")
     print(markdown(loop_table(report, Tree("counted", ROOT))))
 
 
