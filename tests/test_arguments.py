@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from problems import POISON, Paged, Ragged, Sparse, poisoned
+from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
-from deep_gemm.sm120 import ArgumentError, checks
+from deep_gemm.sm120 import ArgumentError, checks, paged, ragged
 
 PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
 RAGGED = ("q", "kv", "weights", "ks", "ke")
@@ -112,7 +112,8 @@ WRONG_PAGED = {
     "argument, change, word", [(name, *case) for name, cases in WRONG_PAGED.items() for case in cases]
 )
 @pytest.mark.parametrize("function", ["fp8_paged_mqa_logits", "fp8_fp4_paged_mqa_logits"])
-def test_paged(function: str, argument: str, change: Callable, word: str) -> None:
+def test_paged(function: str, argument: str, change: Callable, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_known", checks.Known())
     arguments = paged_arguments()
     arguments[argument] = change(arguments[argument])
     refused(getattr(deep_gemm, function), arguments, 6, 100, argument, word)
@@ -171,7 +172,8 @@ WRONG_RAGGED = {
     "argument, change, word", [(name, *case) for name, cases in WRONG_RAGGED.items() for case in cases]
 )
 @pytest.mark.parametrize("function", ["fp8_mqa_logits", "fp8_fp4_mqa_logits"])
-def test_ragged(function: str, argument: str, change: Callable, word: str) -> None:
+def test_ragged(function: str, argument: str, change: Callable, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "_known", checks.Known())
     arguments = ragged_arguments()
     arguments[argument] = change(arguments[argument])
     name = {"ks": "cu_seq_len_k_start", "ke": "cu_seq_len_k_end"}.get(argument, argument)
@@ -400,6 +402,78 @@ def test_nothing_is_differentiated() -> None:
     refused(deep_gemm.fp8_paged_mqa_logits, {**arguments, "out": out}, 6, 100, "out", "requires no grad")
     arguments["weights"].requires_grad_(True)
     assert not deep_gemm.fp8_paged_mqa_logits(**arguments).requires_grad
+
+
+# ---- calls like an earlier one --------------------------------------------------------------------------------------
+
+
+def test_a_known_call_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [(deep_gemm.fp8_paged_mqa_logits, paged_arguments()), (deep_gemm.fp8_mqa_logits, ragged_arguments())]
+    calls = [(call, {**arguments, "clean_logits": True}) for call, arguments in calls]
+    wanted = [call(**arguments) for call, arguments in calls]
+    monkeypatch.setattr(checks, "tensor", lambda *_: pytest.fail("checked again"))
+    for (call, arguments), want in zip(calls, wanted):
+        assert call(**arguments).tolist() == want.tolist()
+        with pytest.raises(pytest.fail.Exception):
+            call(**arguments, out=want)  # which no call before had
+
+
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_what_is_known_of_one_call_is_not_taken_for_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that differ in a single thing, one after the other and again in turn: each gives what is right for it."""
+    known = checks.Known()
+    monkeypatch.setattr({"paged": paged, "ragged": ragged}[kind], "_known", known)
+    if kind == "paged":
+        problem, names = Paged([40, 0, 130], heads=16, dim=64), PAGED
+        arguments = dict(
+            zip(names, problem.arguments(deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 9)))
+        )
+        call, keys, columns, wide = deep_gemm.fp8_fp4_paged_mqa_logits, "kv_cache", "max_context_len", 130
+        other = {"context_lens": problem.context_lens.view(-1), "indices": torch.zeros(3, dtype=torch.int32)}
+    else:
+        problem, names = Ragged([0, 3, 9], [50, 9, 70], 130, heads=16, dim=64), RAGGED
+        arguments = dict(zip(names, problem.arguments()))
+        call, keys, columns, wide = deep_gemm.fp8_fp4_mqa_logits, "kv", "max_seqlen_k", 130
+        other = {}
+    q, kv, weights = arguments["q"], arguments[keys], arguments["weights"]
+    padded = torch.zeros(3, 24)
+    padded[:, :16] = weights
+    ways = [{}, {"q": moved(q, 16)}, {"q": moved(q, 4)}, {"weights": padded[:, :16]}, {columns: 64}]
+    ways += [{keys: moved(kv, 16) if kind == "paged" else (moved(kv[0], 16), kv[1])}]
+    ways += [{"logits_dtype": torch.bfloat16}, {"block_max": True}, *({name: value} for name, value in other.items())]
+    expected = problem.expected()
+    compressed = problem.expected(64) if kind == "ragged" else expected[:, :64]
+    for way in [*ways, *reversed(ways)]:
+        for given in (False, True):
+            shape, want = (3, way.get(columns, wide)), compressed if columns in way else expected
+            dtype = way.get("logits_dtype", torch.float32)
+            options = dict(way)
+            if given:
+                options["out"] = poisoned(*shape, dtype)
+            if "block_max" in way:
+                options["block_max"] = poisoned(3, -(-shape[1] // 8))
+            got = call(**{**arguments, **options})
+            assert got.dtype == dtype
+            if given:
+                check(got, want)
+            else:
+                inside = want > -torch.inf
+                torch.testing.assert_close(got[inside].double(), want[inside], rtol=1e-2, atol=1e-2)
+            if "block_max" in way:
+                assert (options["block_max"][0, :4] != POISON).all()
+    assert len(ways) < len(known) <= 2 * len(ways)
+
+
+def test_few_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = checks.Known()
+    monkeypatch.setattr(ragged, "_known", known)
+    monkeypatch.setattr(checks, "_MOST_KNOWN", 4)
+    arguments = ragged_arguments()
+    for columns in range(1, 15):
+        arguments["max_seqlen_k"] = columns
+        deep_gemm.fp8_mqa_logits(**arguments)
+        assert 0 < len(known) <= 4
+        assert columns in next(reversed(known)), "the latest call is known"
 
 
 def sparse_arguments(block_kv: int, fp4: bool = True) -> tuple[dict, dict]:
