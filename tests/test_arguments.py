@@ -1,5 +1,6 @@
 """What is refused: before anything is written, by an error that names the argument, what came and what was expected."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
 from deep_gemm.sm120 import ArgumentError, checks, paged, ragged
+from deep_gemm.sm120.emulator import recording
 
 PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
 RAGGED = ("q", "kv", "weights", "ks", "ke")
@@ -462,6 +464,39 @@ def test_what_is_known_of_one_call_is_not_taken_for_another(kind: str, monkeypat
             if "block_max" in way:
                 assert (options["block_max"][0, :4] != POISON).all()
     assert len(ways) < len(known) <= 2 * len(ways)
+    with pytest.raises(ArgumentError, match="weights: .* on cpu to match q, got .* on meta"):
+        call(**{**arguments, "weights": weights.to("meta")})
+
+
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_what_else_a_call_depends_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are left out, and what kernels are compiled for: neither shows in a tensor."""
+    if kind == "paged":
+        problem = Paged([40, 0, 100], heads=16, dim=64)
+        given = problem.arguments(deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 9))
+        call = functools.partial(paged.paged_logits, *given, False, torch.float32, None)
+    else:
+        problem = Ragged([0, 9, 0], [40, 9, 100], 100, heads=16, dim=64)
+        call = functools.partial(ragged.ragged_logits, *problem.arguments(), False, 0, torch.float32)
+    for arch, least in (("sm_120f", 0), ("sm_90a", 0), ("sm_120f", 40), ("sm_120f", 0), ("sm_90a", 40)):
+        monkeypatch.setenv("DG_SM120_ARCH", arch)
+        out = poisoned(3, 100)
+        with recording() as launches:
+            call(out, None, least)
+        assert all(
+            any(opcode.endswith(".ue8m0") for opcode in launch.instructions) == (arch == "sm_120f")
+            for launch in launches
+        )
+        assert (out[0] == POISON).all() if least else (out[0, :40] != POISON).all()
+        check(out[2:], problem.expected()[2:])
+
+
+@pytest.mark.parametrize("argument", PAGED[:-1])
+def test_an_argument_that_is_not_there(argument: str) -> None:
+    """Without `out`: fewer tensors than a call has."""
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=f"^{argument}: expected .*, got None$"):
+            deep_gemm.fp8_paged_mqa_logits(**{**paged_arguments(), argument: None})
 
 
 def test_few_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
