@@ -9,8 +9,9 @@ import torch
 from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
-from deep_gemm.sm120 import ArgumentError, checks, paged, ragged
+from deep_gemm.sm120 import ArgumentError, checks, paged, ragged, settings
 from deep_gemm.sm120.emulator import recording
+from deep_gemm.sm120.jit import runtime
 
 PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
 RAGGED = ("q", "kv", "weights", "ks", "ke")
@@ -489,6 +490,15 @@ def test_what_else_a_call_depends_on(kind: str, monkeypatch: pytest.MonkeyPatch)
         )
         assert (out[0] == POISON).all() if least else (out[0, :40] != POISON).all()
         check(out[2:], problem.expected()[2:])
+
+
+def test_a_ragged_call_takes_the_sms_that_are_set_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, grids, wanted = Ragged([0] * 9, [999] * 9, 999).arguments(), [], (3, 9, 3)
+    monkeypatch.setattr(runtime, "_emulate", lambda kernel, grid, *_: grids.append(grid[0]))
+    for number in wanted:
+        monkeypatch.setattr(settings, "_num_sms", number)
+        deep_gemm.fp8_mqa_logits(*arguments)
+    assert tuple(grids) == wanted
 
 
 @pytest.mark.parametrize("argument", PAGED[:-1])
