@@ -97,7 +97,8 @@ def layouts(tensors: Iterable[torch.Tensor | None]) -> tuple:
 
 def sizes(*tensors: torch.Tensor | None) -> list[int]:
     """Bytes of each from its first element to the end of its last one; of those that are there."""
-    return [_extent(tensor)[1] if tensor.numel() else 0 for tensor in tensors if tensor is not None]
+    there = [tensor for tensor in tensors if tensor is not None]
+    return [t.nbytes if t.is_contiguous() or not t.numel() else _extent(t)[1] for t in there]
 
 
 def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
