@@ -360,6 +360,18 @@ def test_out_between_the_rows_of_an_input(columns: tuple[int, int], rows: int, a
         assert torch.equal(got, expected)
 
 
+def test_out_over_the_last_row_of_an_input() -> None:
+    """Which lies far from the first: further than all of its numbers would take side by side."""
+    arguments = paged_arguments()
+    room = torch.zeros(6, 4000)
+    weights = room[:, :16]
+    weights.copy_(arguments["weights"])
+    for out in (room[5, 10:610].view(6, 100), room[5, :2400].view(6, 400)[:, :100]):
+        with pytest.raises(ArgumentError, match="out: .*this is weights's as well"):
+            deep_gemm.fp8_paged_mqa_logits(**{**arguments, "weights": weights}, out=out)
+    assert torch.equal(weights, arguments["weights"])
+
+
 def test_overlap_is_that_of_the_bytes() -> None:
     """Against sets of byte addresses, for views of one buffer: rows between rows, runs between rows, runs."""
     room = torch.zeros(600, dtype=torch.uint8)
