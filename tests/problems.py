@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import deep_gemm
-from deep_gemm.sm120 import reference
+from deep_gemm.sm120 import checks, paged, reference
 from deep_gemm.sm120.emulator import recording
 from deep_gemm.sm120.kernels import logits
 
@@ -292,7 +292,7 @@ def keys_read(call: Callable[..., torch.Tensor], argument: str, each: int, **opt
 def prefill_from(monkeypatch: Any, rows: int) -> None:
     """Lets more than `rows` rows, not 1,024, be a prefill, of which neighbours look whether they share keys."""
     monkeypatch.setattr(logits, "_MOST_REQUESTS", rows)
-    monkeypatch.setattr(logits, "plan_of", logits.plan_of.__wrapped__)
+    monkeypatch.setattr(paged, "_known", checks.Known())
 
 
 def assert_rows_apart(*outs: torch.Tensor) -> None:

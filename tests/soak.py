@@ -22,6 +22,8 @@ from problems import Paged, Ragged, Sparse
 
 import deep_gemm
 from deep_gemm import sm120
+from deep_gemm.sm120 import paged as paged_calls
+from deep_gemm.sm120 import ragged as ragged_calls
 from deep_gemm.sm120.jit import runtime
 from deep_gemm.sm120.kernels import logits
 
@@ -219,7 +221,9 @@ class StandIn:
 
 
 def state(card: Card | StandIn) -> dict[str, int]:
-    """All that could grow."""
+    """All that could grow. What is known of calls comes and goes: it is bounded by a number, see test_arguments.py."""
+    for known in (paged_calls._known, ragged_calls._known):
+        known.clear()
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     return card.state() | {

@@ -5,6 +5,7 @@ import torch
 from problems import Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
+from deep_gemm.sm120 import checks, paged, ragged
 from deep_gemm.sm120.emulator import recording
 from deep_gemm.sm120.jit import compiler
 from deep_gemm.sm120.kernels import clean, logits, metadata
@@ -76,7 +77,8 @@ def test_sparse_on_other_cards(
 def test_choice_of_the_fp8_mma(choice: str, opcode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DG_SM120_FP8_MMA", choice)
     monkeypatch.setattr(logits, "configure", logits.Config)  # the switch is read when a configuration is first used
-    monkeypatch.setattr(logits, "plan_of", logits.plan_of.__wrapped__)
+    for module in (paged, ragged):
+        monkeypatch.setattr(module, "_known", checks.Known())
     assert run(64, 128, False) == {opcode}
     assert run(16, 64, True) == {FP4}
 

@@ -1,14 +1,17 @@
 """What is refused: before anything is written, by an error that names the argument, what came and what was expected."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from problems import POISON, Paged, Ragged, Sparse, poisoned
+from problems import POISON, Paged, Ragged, Sparse, check, poisoned
 
 import deep_gemm
-from deep_gemm.sm120 import ArgumentError, checks
+from deep_gemm.sm120 import ArgumentError, checks, paged, ragged, settings
+from deep_gemm.sm120.emulator import recording
+from deep_gemm.sm120.jit import runtime
 
 PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
 RAGGED = ("q", "kv", "weights", "ks", "ke")
@@ -112,7 +115,8 @@ WRONG_PAGED = {
     "argument, change, word", [(name, *case) for name, cases in WRONG_PAGED.items() for case in cases]
 )
 @pytest.mark.parametrize("function", ["fp8_paged_mqa_logits", "fp8_fp4_paged_mqa_logits"])
-def test_paged(function: str, argument: str, change: Callable, word: str) -> None:
+def test_paged(function: str, argument: str, change: Callable, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_known", checks.Known())
     arguments = paged_arguments()
     arguments[argument] = change(arguments[argument])
     refused(getattr(deep_gemm, function), arguments, 6, 100, argument, word)
@@ -171,7 +175,8 @@ WRONG_RAGGED = {
     "argument, change, word", [(name, *case) for name, cases in WRONG_RAGGED.items() for case in cases]
 )
 @pytest.mark.parametrize("function", ["fp8_mqa_logits", "fp8_fp4_mqa_logits"])
-def test_ragged(function: str, argument: str, change: Callable, word: str) -> None:
+def test_ragged(function: str, argument: str, change: Callable, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "_known", checks.Known())
     arguments = ragged_arguments()
     arguments[argument] = change(arguments[argument])
     name = {"ks": "cu_seq_len_k_start", "ke": "cu_seq_len_k_end"}.get(argument, argument)
@@ -355,6 +360,18 @@ def test_out_between_the_rows_of_an_input(columns: tuple[int, int], rows: int, a
         assert torch.equal(got, expected)
 
 
+def test_out_over_the_last_row_of_an_input() -> None:
+    """Which lies far from the first: further than all of its numbers would take side by side."""
+    arguments = paged_arguments()
+    room = torch.zeros(6, 4000)
+    weights = room[:, :16]
+    weights.copy_(arguments["weights"])
+    for out in (room[5, 10:610].view(6, 100), room[5, :2400].view(6, 400)[:, :100]):
+        with pytest.raises(ArgumentError, match="out: .*this is weights's as well"):
+            deep_gemm.fp8_paged_mqa_logits(**{**arguments, "weights": weights}, out=out)
+    assert torch.equal(weights, arguments["weights"])
+
+
 def test_overlap_is_that_of_the_bytes() -> None:
     """Against sets of byte addresses, for views of one buffer: rows between rows, runs between rows, runs."""
     room = torch.zeros(600, dtype=torch.uint8)
@@ -400,6 +417,120 @@ def test_nothing_is_differentiated() -> None:
     refused(deep_gemm.fp8_paged_mqa_logits, {**arguments, "out": out}, 6, 100, "out", "requires no grad")
     arguments["weights"].requires_grad_(True)
     assert not deep_gemm.fp8_paged_mqa_logits(**arguments).requires_grad
+
+
+# ---- calls like an earlier one --------------------------------------------------------------------------------------
+
+
+def test_a_known_call_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [(deep_gemm.fp8_paged_mqa_logits, paged_arguments()), (deep_gemm.fp8_mqa_logits, ragged_arguments())]
+    calls = [(call, {**arguments, "clean_logits": True}) for call, arguments in calls]
+    wanted = [call(**arguments) for call, arguments in calls]
+    monkeypatch.setattr(checks, "tensor", lambda *_: pytest.fail("checked again"))
+    for (call, arguments), want in zip(calls, wanted):
+        assert call(**arguments).tolist() == want.tolist()
+        with pytest.raises(pytest.fail.Exception):
+            call(**arguments, out=want)  # which no call before had
+
+
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_what_is_known_of_one_call_is_not_taken_for_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that differ in a single thing, one after the other and again in turn: each gives what is right for it."""
+    known = checks.Known()
+    monkeypatch.setattr({"paged": paged, "ragged": ragged}[kind], "_known", known)
+    if kind == "paged":
+        problem, names = Paged([40, 0, 130], heads=16, dim=64), PAGED
+        arguments = dict(
+            zip(names, problem.arguments(deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 9)))
+        )
+        call, keys, columns, wide = deep_gemm.fp8_fp4_paged_mqa_logits, "kv_cache", "max_context_len", 130
+        other = {"context_lens": problem.context_lens.view(-1), "indices": torch.zeros(3, dtype=torch.int32)}
+    else:
+        problem, names = Ragged([0, 3, 9], [50, 9, 70], 130, heads=16, dim=64), RAGGED
+        arguments = dict(zip(names, problem.arguments()))
+        call, keys, columns, wide = deep_gemm.fp8_fp4_mqa_logits, "kv", "max_seqlen_k", 130
+        other = {}
+    q, kv, weights = arguments["q"], arguments[keys], arguments["weights"]
+    padded = torch.zeros(3, 24)
+    padded[:, :16] = weights
+    ways = [{}, {"q": moved(q, 16)}, {"q": moved(q, 4)}, {"weights": padded[:, :16]}, {columns: 64}]
+    ways += [{keys: moved(kv, 16) if kind == "paged" else (moved(kv[0], 16), kv[1])}]
+    ways += [{"logits_dtype": torch.bfloat16}, {"block_max": True}, *({name: value} for name, value in other.items())]
+    expected = problem.expected()
+    compressed = problem.expected(64) if kind == "ragged" else expected[:, :64]
+    for way in [*ways, *reversed(ways)]:
+        for given in (False, True):
+            shape, want = (3, way.get(columns, wide)), compressed if columns in way else expected
+            dtype = way.get("logits_dtype", torch.float32)
+            options = dict(way)
+            if given:
+                options["out"] = poisoned(*shape, dtype)
+            if "block_max" in way:
+                options["block_max"] = poisoned(3, -(-shape[1] // 8))
+            got = call(**{**arguments, **options})
+            assert got.dtype == dtype
+            if given:
+                check(got, want)
+            else:
+                inside = want > -torch.inf
+                torch.testing.assert_close(got[inside].double(), want[inside], rtol=1e-2, atol=1e-2)
+            if "block_max" in way:
+                assert (options["block_max"][0, :4] != POISON).all()
+    assert len(ways) < len(known) <= 2 * len(ways)
+    with pytest.raises(ArgumentError, match="weights: .* on cpu to match q, got .* on meta"):
+        call(**{**arguments, "weights": weights.to("meta")})
+
+
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_what_else_a_call_depends_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are left out, and what kernels are compiled for: neither shows in a tensor."""
+    if kind == "paged":
+        problem = Paged([40, 0, 100], heads=16, dim=64)
+        given = problem.arguments(deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, 9))
+        call = functools.partial(paged.paged_logits, *given, False, torch.float32, None)
+    else:
+        problem = Ragged([0, 9, 0], [40, 9, 100], 100, heads=16, dim=64)
+        call = functools.partial(ragged.ragged_logits, *problem.arguments(), False, 0, torch.float32)
+    for arch, least in (("sm_120f", 0), ("sm_90a", 0), ("sm_120f", 40), ("sm_120f", 0), ("sm_90a", 40)):
+        monkeypatch.setenv("DG_SM120_ARCH", arch)
+        out = poisoned(3, 100)
+        with recording() as launches:
+            call(out, None, least)
+        assert all(
+            any(opcode.endswith(".ue8m0") for opcode in launch.instructions) == (arch == "sm_120f")
+            for launch in launches
+        )
+        assert (out[0] == POISON).all() if least else (out[0, :40] != POISON).all()
+        check(out[2:], problem.expected()[2:])
+
+
+def test_a_ragged_call_takes_the_sms_that_are_set_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, grids, wanted = Ragged([0] * 9, [999] * 9, 999).arguments(), [], (3, 9, 3)
+    monkeypatch.setattr(runtime, "_emulate", lambda kernel, grid, *_: grids.append(grid[0]))
+    for number in wanted:
+        monkeypatch.setattr(settings, "_num_sms", number)
+        deep_gemm.fp8_mqa_logits(*arguments)
+    assert tuple(grids) == wanted
+
+
+@pytest.mark.parametrize("argument", PAGED[:-1])
+def test_an_argument_that_is_not_there(argument: str) -> None:
+    """Without `out`: fewer tensors than a call has."""
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=f"^{argument}: expected .*, got None$"):
+            deep_gemm.fp8_paged_mqa_logits(**{**paged_arguments(), argument: None})
+
+
+def test_few_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = checks.Known()
+    monkeypatch.setattr(ragged, "_known", known)
+    monkeypatch.setattr(checks, "_MOST_KNOWN", 4)
+    arguments = ragged_arguments()
+    for columns in range(1, 15):
+        arguments["max_seqlen_k"] = columns
+        deep_gemm.fp8_mqa_logits(**arguments)
+        assert 0 < len(known) <= 4
+        assert columns in next(reversed(known)), "the latest call is known"
 
 
 def sparse_arguments(block_kv: int, fp4: bool = True) -> tuple[dict, dict]:

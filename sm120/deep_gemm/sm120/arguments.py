@@ -43,9 +43,14 @@ class Query(NamedTuple):
     dim: int
 
 
+def pair(q: Any) -> tuple[Any, Any]:
+    """Values and scales in `q`, FP8 without scales."""
+    return q if isinstance(q, (tuple, list)) and len(q) == 2 else (q, None)
+
+
 def query(q: Any, dimensions: int) -> Query:
     """The queries in `q`: FP4 if scales come with the values. `dimensions` of the values: 4 paged, 3 ragged."""
-    values, scales = q if isinstance(q, (tuple, list)) and len(q) == 2 else (q, None)
+    values, scales = pair(q)
     fp4 = scales is not None
     if not isinstance(values, torch.Tensor):
         refuse("q", q, "a tensor, (tensor, None) or (tensor, scales)")
@@ -211,37 +216,40 @@ def bounds(
     return named
 
 
-def output(out: Any, rows: int, columns: int, dtype: Any, device: torch.device) -> torch.Tensor:
-    """Where the logits go, fp32 or bf16 [rows, columns]: `out`, or, if it is None, a tensor whose rows are a multiple
-    of 1024 bytes apart. Nothing is differentiated."""
+def logits_dtype(dtype: Any) -> None:
+    """What logits are stored as."""
     if dtype not in REAL:
         refuse("logits_dtype", dtype, "torch.float32 or torch.bfloat16")
-    if out is not None:
-        checks.tensor("out", out, (dtype,), (rows, columns), device)
-        row_stride, column_stride = out.stride()
-        if out.requires_grad:
-            refuse("out", out, "a tensor that requires no grad")
-        if columns > 1 and column_stride != 1 or rows > 1 and row_stride < columns:
-            refuse("out", out, "stride 1 in the last dimension and rows that do not overlap")
-        return out
+
+
+def output(out: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Where the logits go, [rows, columns], or None. Nothing is differentiated."""
+    if out is None:
+        return
+    checks.tensor("out", out, (dtype,), (rows, columns), device)
+    row_stride, column_stride = out.stride()
+    if out.requires_grad:
+        refuse("out", out, "a tensor that requires no grad")
+    if columns > 1 and column_stride != 1 or rows > 1 and row_stride < columns:
+        refuse("out", out, "stride 1 in the last dimension and rows that do not overlap")
+
+
+def new_output(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Where the logits of a caller go who brings nothing for them: rows are a multiple of 1024 bytes apart."""
     per_row = _ROW_BYTES // dtype.itemsize
     return torch.empty((rows, -(-columns // per_row) * per_row), dtype=dtype, device=device)[:, :columns]
 
 
-def block_max(block_max: Any, out: torch.Tensor) -> torch.Tensor | None:
-    """Where the maxima of blocks of 8 columns of the logits `out` go, fp32 [rows, ceil(columns / 8)], or None."""
+def block_max(block_max: Any, rows: int, columns: int, device: torch.device) -> None:
+    """Where the maxima of blocks of 8 columns of the logits go, fp32 [rows, ceil(columns / 8)], or None."""
     if block_max is None:
-        return None
-    rows, columns = out.shape
-    checks.tensor("block_max", block_max, FP32, (rows, -(-columns // 8)), out.device, "out")
+        return
+    checks.tensor("block_max", block_max, FP32, (rows, -(-columns // 8)), device, "out")
     row_stride, column_stride = block_max.stride()
     if block_max.requires_grad:
         refuse("block_max", block_max, "a tensor that requires no grad")
     if columns > 8 and column_stride != 1 or rows > 1 and row_stride < block_max.shape[1]:
         refuse("block_max", block_max, "stride 1 in the last dimension and rows that do not overlap")
-    if checks.overlap(block_max, out):
-        refuse("block_max", block_max, "memory of its own; this is out's as well")
-    return block_max
 
 
 # ---- two generations of callers -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What callers may hand in. Every check comes before the first launch, so that a refused call writes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -72,25 +72,65 @@ def boolean(argument: str, value: Any) -> bool:
     return value
 
 
+class Known(dict):
+    """What was found of calls, by the layouts of their tensors and what else they depend on: a call like an earlier one
+    is not checked again. All layers of a step make the same call, so few are kept."""
+
+    def keep(self, call: tuple, found: Any) -> Any:
+        """`found`, which stands for `call` from now on."""
+        if len(self) >= _MOST_KNOWN:
+            self.clear()
+        self[call] = found
+        return found
+
+
+_MOST_KNOWN = 64
+
+
+def layouts(tensors: Iterable[torch.Tensor | None]) -> tuple:
+    """All that is looked at of tensors but their memory: those of equal layouts pass every check or none.
+
+    Raises AttributeError or RuntimeError where one is no tensor, or none with strides.
+    """
+    return tuple([t if t is None else (t.dtype, t.shape, t.stride(), t.device, t.requires_grad) for t in tensors])
+
+
+def sizes(*tensors: torch.Tensor | None) -> list[int]:
+    """Bytes of each from its first element to the end of its last one; of those that are there."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return [t.nbytes if t.is_contiguous() or not t.numel() else _extent(t)[1] for t in there]
+
+
 def memory(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
     """Refuses tensors that begin where no element of theirs can (where no word of four bytes can, if it has one byte:
     kernels read words), those whose storage has been taken away, and outputs that share memory with an input or another
-    output. Only suspects are looked at closely.
+    output.
     """
-    together, before = 0, []
+    there = [value for value in inputs.values() if value is not None]
+    there += outputs.values()
+    memory_at(
+        [value.data_ptr() for value in there], [value.untyped_storage().nbytes() for value in there], inputs, outputs
+    )
+
+
+def memory_at(
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    inputs: Mapping[str, torch.Tensor | None],
+    outputs: Mapping[str, torch.Tensor | None],
+) -> None:
+    """The same where addresses and (at most) sizes in bytes are known, of the inputs that are there, then the outputs.
+    Only suspects are looked at closely."""
+    together = 0
+    for address in addresses:
+        together |= address or 1
+    at = len(addresses)
     for output in outputs.values():
-        start = output.data_ptr()
-        end = start + output.untyped_storage().nbytes()
-        together |= start or 1
-        for other, other_end in before:
-            if other < end and start < other_end:
-                _apart(inputs, outputs)
-        before.append((start, end))
-        for value in inputs.values():
-            if value is not None:
-                address = value.data_ptr()
-                together |= address or 1
-                if address < end and start < address + value.untyped_storage().nbytes():
+        if output is not None:
+            at -= 1
+            start, end = addresses[at], addresses[at] + sizes[at]
+            for address, size in zip(addresses[:at], sizes):
+                if address < end and start < address + size:
                     _apart(inputs, outputs)
     if together & 3:
         written = [(_ARGUMENT.get(name, name), value) for name, value in outputs.items()]
@@ -107,9 +147,11 @@ _ALIGNMENT = {2: 2}  # bytes of an element -> of its address
 _ARGUMENT = {"logits": "out"}  # what kernels write -> what callers call it
 
 
-def _apart(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor]) -> None:
+def _apart(inputs: Mapping[str, torch.Tensor | None], outputs: Mapping[str, torch.Tensor | None]) -> None:
     others = dict(inputs)
     for name, output in outputs.items():
+        if output is None:
+            continue
         for other, value in others.items():
             if value is not None and overlap(output, value):
                 refuse(_ARGUMENT.get(name, name), output, f"memory of its own; this is {other}'s as well")

@@ -54,11 +54,10 @@ def fp8_paged_mqa_logits(
     As `fp8_fp4_paged_mqa_logits` with an e4m3 `q`.
     """
     clean_logits, indices = arguments.of_either_generation(clean_logits, indices)
-    query = arguments.query(q, 4)
-    if query.fp4:
+    if arguments.pair(q)[1] is not None:
         refuse("q", q, "e4m3; fp8_fp4_paged_mqa_logits takes FP4")
     return paged_logits(
-        query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+        q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
         clean_logits, torch.float32, indices, out, block_max,
     )  # fmt: skip
 
@@ -108,54 +107,84 @@ def fp8_fp4_paged_mqa_logits(
     As the eighth positional argument a tensor or None is `indices` (sgl-deep-gemm 0.2.5, vLLM).
     """
     clean_logits, indices = arguments.of_either_generation(clean_logits, indices)
-    query = arguments.query(q, 4)
     return paged_logits(
-        query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+        q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
         clean_logits, logits_dtype, indices, out, block_max,
     )  # fmt: skip
 
 
+_known = checks.Known()
+
+
 def paged_logits(
-    query: arguments.Query, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+    q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
     clean_logits, logits_dtype, indices, out, block_max, least=0,
 ) -> torch.Tensor:  # fmt: skip
-    """The same of checked queries; tokens that see no more than `least` keys are left out."""
-    fp4, values, scales, device, (batch, next_n, _, row_bytes), heads, dim = query
+    """The same without defaults; tokens that see no more than `least` keys are left out."""
+    checks.integer("max_context_len", max_context_len)
+    arguments.logits_dtype(logits_dtype)
+    values, scales = arguments.pair(q)
+    inputs = {
+        "q": values,
+        "weights": weights,
+        "kv_cache": kv_cache,
+        "context_lens": context_lens,
+        "block_table": block_table,
+        "schedule_meta": schedule_meta,
+        "q scales": scales,
+        "indices": indices,
+    }
+    tensors = *inputs.values(), out, block_max
+    asked = q, inputs, max_context_len, logits_dtype, out, block_max, least
+    try:
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        layouts, arch = checks.layouts(tensors), jit.architecture_of(values.device)
+        call = layouts, (addresses[0] | addresses[2]) & 31, addresses[5] & 7, max_context_len, logits_dtype, least, arch
+    except (AttributeError, IndexError, RuntimeError):
+        _check(*asked)  # says what is wrong
+        raise
+    shape, sizes, plan = _known.get(call) or _known.keep(call, _check(*asked))
+    if plan is not None:
+        checks.memory_at(addresses, sizes, inputs, {"logits": out, "block_max": block_max})
+        if debug.ON:
+            pages, page = kv_cache.shape[0], plan.config.page
+            debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
+    if out is None:
+        out = arguments.new_output(*shape, logits_dtype, values.device)
+    if plan is not None:
+        windows = logits.paged(plan, inputs, addresses, out, block_max)
+        if clean_logits:
+            clean.clean(out, windows, {"context_lens": context_lens})
+    return out
 
+
+def _check(
+    q, inputs, max_context_len, dtype, out, block_max, least
+) -> tuple[tuple[int, int], list[int], logits.Plan | None]:
+    """Refuses what a call cannot be made with. Returns the result's shape, all tensors' sizes in bytes, and, unless
+    nothing is to be done, how the call is made."""
+    query = arguments.query(q, 4)
+    _, values, _, device, (batch, next_n, _, row_bytes), heads, _ = query
+    _, weights, kv_cache, context_lens, block_table, schedule_meta, _, indices = inputs.values()
     page, page_stride = arguments.key_pages(kv_cache, row_bytes, device)
     arguments.weights(weights, batch * next_n, heads, device)
     arguments.lengths(context_lens, device, batch, next_n)
     arguments.block_table(block_table, batch, device)
     slots = arguments.schedule(schedule_meta, device)
-    checks.integer("max_context_len", max_context_len)
-    checks.boolean("clean_logits", clean_logits)
     arguments.indices(indices, context_lens)
     if indices is not None and next_n != 1:
         refuse("q", values, "next_n = 1 where indices are given")
-    out = arguments.output(out, batch * next_n, max_context_len, logits_dtype, device)
-    arguments.block_max(block_max, out)
-    if out.numel() == 0:
-        return out
-    if indices is not None:
-        written = {"out": out} if block_max is None else {"out": out, "block_max": block_max}
-        checks.memory({"indices": indices}, written)
-
-    if debug.ON:
-        pages = kv_cache.shape[0]
-        debug.paged(context_lens, block_table, schedule_meta, pages=pages, page=page, limit=max_context_len)
-    plan = logits.plan_of(
-        jit.architecture_of(device), fp4, heads, dim, page, weights.dtype, logits_dtype, batch, next_n, slots,
-        logits.alignment(values.data_ptr(), kv_cache.data_ptr(), page_stride), block_max is not None,
-    )  # fmt: skip
+    shape = batch * next_n, max_context_len
+    arguments.output(out, *shape, dtype, device)
+    arguments.block_max(block_max, *shape, device)
+    sizes = checks.sizes(*inputs.values(), out, block_max)
+    if 0 in shape:
+        return shape, sizes, None
     # No key lies past what the table's columns hold, or in a cache without pages.
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0
     windows = windows_of_lengths(context_lens, next_n, limit, least)
-    logits.paged(
-        plan,
-        query=values, query_scales=scales, weights=weights, kv_cache=kv_cache, page_stride=page_stride,
-        block_table=block_table, schedule_meta=schedule_meta, context_lens=context_lens, windows=windows, out=out,
-        maxima=block_max,
+    plan = logits.plan_paged(
+        jit.architecture_of(device), query, weights, kv_cache, page, page_stride, block_table, slots, windows, dtype,
+        block_max,
     )  # fmt: skip
-    if clean_logits:
-        clean.clean(out, windows, {"context_lens": context_lens})
-    return out
+    return shape, sizes, plan

@@ -49,10 +49,9 @@ def fp8_mqa_logits(
     As `fp8_fp4_mqa_logits` with an e4m3 `q`; the bounds may be given under the names it has for them.
     """
     clean_logits, max_seqlen_k = arguments.of_either_generation_ragged(clean_logits, max_seqlen_k)
-    query = arguments.query(q, 3)
-    if query.fp4:
+    if arguments.pair(q)[1] is not None:
         refuse("q", q, "e4m3; fp8_fp4_mqa_logits takes FP4")
-    return ragged_logits(query, kv, weights, ks, ke, clean_logits, max_seqlen_k, torch.float32, out, block_max)
+    return ragged_logits(q, kv, weights, ks, ke, clean_logits, max_seqlen_k, torch.float32, out, block_max)
 
 
 @_bounds_by_either_name
@@ -94,42 +93,79 @@ def fp8_fp4_mqa_logits(
     if isinstance(max_seqlen_k, torch.Tensor) or max_seqlen_k is None:
         max_seqlen_k = 0  # the seventh positional argument of 0.2.5 is schedule_meta
     clean_logits, max_seqlen_k = arguments.of_either_generation_ragged(clean_logits, max_seqlen_k)
-    query = arguments.query(q, 3)
     return ragged_logits(
-        query, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype, out,
+        q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits, max_seqlen_k, logits_dtype, out,
         block_max,
     )  # fmt: skip
 
 
+_known = checks.Known()
+
+
 def ragged_logits(
-    query: arguments.Query, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out, block_max, least=0
+    q, kv, weights, starts, ends, clean_logits, max_seqlen_k, logits_dtype, out, block_max, least=0
 ) -> torch.Tensor:
-    """The same of checked queries; tokens that see no more than `least` keys are left out."""
-    fp4, values, scales, device, (rows, _, row_bytes), heads, dim = query
-
-    keys, key_scales = arguments.key_run(kv, fp4, row_bytes, device)
-    arguments.weights(weights, rows, heads, device)
-    bounds = arguments.bounds(starts, ends, rows, device)
-    checks.boolean("clean_logits", clean_logits)
+    """The same without defaults; tokens that see no more than `least` keys are left out."""
     checks.integer("max_seqlen_k", max_seqlen_k)
-    out = arguments.output(out, rows, max_seqlen_k or keys.shape[0], logits_dtype, device)
-    arguments.block_max(block_max, out)
-    if out.numel() == 0:
-        return out
-
-    if debug.ON:
-        block = 1 if block_max is None else 8
-        debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k, block=block)
-    config = logits.configure(
-        jit.architecture_of(device), fp4, heads, dim, 0, weights.dtype, logits_dtype, 0, 1,
-        logits.alignment(values.data_ptr(), keys.data_ptr()), 0, block_max is not None,
-    )  # fmt: skip
-    windows = windows_of_bounds(starts, ends, keys.shape[0], least)
-    logits.ragged(
-        config, sms_to_use(device), max_seqlen_k,
-        query=values, query_scales=scales, weights=weights, keys=keys, key_scales=key_scales,
-        bounds=bounds, windows=windows, out=out, maxima=block_max,
-    )  # fmt: skip
-    if clean_logits:
-        clean.clean(out, windows, bounds, compressed=max_seqlen_k > 0)
+    arguments.logits_dtype(logits_dtype)
+    values, scales = arguments.pair(q)
+    keys, key_scales = arguments.pair(kv)
+    inputs = {
+        "q": values,
+        "weights": weights,
+        "kv": keys,
+        "kv scales": key_scales,
+        "cu_seq_len_k_start": starts,
+        "cu_seq_len_k_end": ends,
+        "q scales": scales,
+    }
+    tensors = *inputs.values(), out, block_max
+    asked = q, kv, inputs, max_seqlen_k, logits_dtype, out, block_max, least
+    try:
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        layouts, arch = checks.layouts(tensors), jit.architecture_of(values.device)
+        num_sms = sms_to_use(values.device)
+        call = layouts, (addresses[0] | addresses[2]) & 31, max_seqlen_k, logits_dtype, least, arch, num_sms
+    except (AttributeError, IndexError, RuntimeError):
+        _check(*asked)  # says what is wrong
+        raise
+    shape, sizes, plan = _known.get(call) or _known.keep(call, _check(*asked))
+    if plan is not None:
+        checks.memory_at(addresses, sizes, inputs, {"logits": out, "block_max": block_max})
+        if debug.ON:
+            block = 1 if block_max is None else 8
+            debug.ragged(starts, ends, keys=keys.shape[0], columns=max_seqlen_k, block=block)
+    if out is None:
+        out = arguments.new_output(*shape, logits_dtype, values.device)
+    if plan is not None:
+        windows = logits.ragged(plan, inputs, addresses, out, block_max)
+        if clean_logits:
+            bounds = {"cu_seq_len_k_start": starts, "cu_seq_len_k_end": ends}
+            clean.clean(out, windows, bounds, compressed=max_seqlen_k > 0)
     return out
+
+
+def _check(
+    q, kv, inputs, max_seqlen_k, dtype, out, block_max, least
+) -> tuple[tuple[int, int], list[int], logits.Plan | None]:
+    """Refuses what a call cannot be made with. Returns the result's shape, all tensors' sizes in bytes, and, unless
+    nothing is to be done, how the call is made."""
+    query = arguments.query(q, 3)
+    fp4, _, _, device, (rows, _, row_bytes), heads, _ = query
+    _, weights, _, _, starts, ends, _ = inputs.values()
+    keys, _ = arguments.key_run(kv, fp4, row_bytes, device)
+    arguments.weights(weights, rows, heads, device)
+    arguments.bounds(starts, ends, rows, device)
+    shape = rows, max_seqlen_k or keys.shape[0]
+    arguments.output(out, *shape, dtype, device)
+    arguments.block_max(block_max, *shape, device)
+    sizes = checks.sizes(*inputs.values(), out, block_max)
+    if 0 in shape:
+        return shape, sizes, None
+    windows = windows_of_bounds(starts, ends, keys.shape[0], least)
+    arch, num_sms = jit.architecture_of(device), sms_to_use(device)
+    return (
+        shape,
+        sizes,
+        logits.plan_ragged(arch, query, weights, keys, max_seqlen_k, num_sms, windows, dtype, block_max),
+    )

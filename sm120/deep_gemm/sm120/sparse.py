@@ -205,7 +205,9 @@ def _sparse(
     arguments.weights(weights, rows, heads, device)
     checks.integer("num_max_sparse_blocks", width, 1, (2**31 - 1) // block)
     arguments.sparse_metadata(metadata, sparse.size(rows, width), device)
-    out = arguments.output(out, rows, width * block, torch.bfloat16, device)
+    arguments.output(out, rows, width * block, torch.bfloat16, device)
+    if out is None:
+        out = arguments.new_output(rows, width * block, torch.bfloat16, device)
     if rows == 0 or places == 0:
         return out
 

@@ -240,7 +240,7 @@ def fp8_fp4_paged_mqa_topk(
             schedule = torch.empty_like(schedule_meta)
             metadata.plan(lens, schedule)
         paged_logits(
-            _queries(query, of), kv_cache, _cut(weights, rows), lens, table, schedule, logits.shape[1],
+            _pair(query, of), kv_cache, _cut(weights, rows), lens, table, schedule, logits.shape[1],
             False, torch.float32, _cut(indices, of), logits, None, least,
         )  # fmt: skip
 
@@ -306,7 +306,7 @@ def fp8_fp4_mqa_topk(
 
     def score(rows: slice, of: slice, starts: torch.Tensor, ends: torch.Tensor, logits: torch.Tensor, least=0) -> None:
         run, row_weights = (_cut(keys, of), _cut(key_scales, of)), _cut(weights, rows)
-        queries, dtype = _queries(query, rows), torch.float32
+        queries, dtype = _pair(query, rows), torch.float32
         ragged_logits(queries, run, row_weights, starts, ends, False, 0, dtype, logits, None, least)
 
     results = _Results(block_table, page, offset, out, positions, scores)
@@ -593,9 +593,8 @@ def topk_workspace_bytes(
     return kernels.workspace_bytes(config, rows, parts)
 
 
-def _queries(query: arguments.Query, rows: slice) -> arguments.Query:
-    values = _cut(query.values, rows)
-    return query._replace(values=values, scales=_cut(query.scales, rows), shape=values.shape)
+def _pair(query: arguments.Query, rows: slice) -> arguments.Pair:
+    return _cut(query.values, rows), _cut(query.scales, rows)
 
 
 def _cut(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

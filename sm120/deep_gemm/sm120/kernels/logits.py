@@ -2,15 +2,19 @@
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 
+from ..arguments import Query
 from ..jit import MOST, Kernel, launch
 from .windows import Windows
+
+Tensors = Mapping[str, torch.Tensor | None]
+Maxima = torch.Tensor | None
 
 TILE = 32  # keys that a warp takes at a time
 EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
@@ -273,7 +277,6 @@ def rows_per_group(config: Config, next_n: int) -> int:
     return max(1, min(32, config.warps * config.tokens) // next_n)
 
 
-@lru_cache(_SIZES)
 def parts(config: Config, rows: int, keys: int, num_sms: int) -> tuple[int, int, int]:
     """How the ragged kernel's work is cut: groups of rows; in how many parts the keys of each; and in how many stripes
     the list of all these, from each of which a block takes neighbouring parts. Parts are small, so that blocks have
@@ -297,99 +300,82 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
 
 
 class Plan(NamedTuple):
-    """What follows from types and sizes of a paged call."""
+    """How a call is made, which follows from types, sizes and strides; its parameters are without addresses."""
 
     config: Config
-    slots: int
-    rows_per_group: int
-    few: FewRows
+    grid: tuple[int, int]
+    parameters: PagedParams | RaggedParams
 
 
-@lru_cache(_SIZES)
-def plan_of(
-    arch: str, fp4: bool, heads: int, dim: int, page: int, weights: torch.dtype, logits: torch.dtype,
-    rows: int, next_n: int, slots: int, alignment: int, maxima: bool,
+def plan_paged(
+    arch: str, query: Query, weights: torch.Tensor, kv_cache: torch.Tensor, page: int, page_stride: int,
+    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima,
 ) -> Plan:  # fmt: skip
-    """How a paged call is made: looked up, since it takes longer to work out than all else before a launch."""
-    few, near = few_rows(rows, next_n, slots), together(rows, next_n)
-    config = configure(arch, fp4, heads, dim, page, weights, logits, few, near, alignment, maxima=maxima)
-    return Plan(config, slots, rows_per_group(config, next_n), plan_of_few(config, slots, rows, next_n))
-
-
-def fill(p: ctypes.Structure, query, query_scales, weights, keys, windows, out, maxima=None) -> dict[str, torch.Tensor]:
-    """What paged, ragged and listed keys have in common, and what is written. Filled field by field: keywords take
-    twice as long."""
-    p.query = query.data_ptr()
-    p.query_scales = None if query_scales is None else query_scales.data_ptr()
-    p.weights = weights.data_ptr()
-    p.keys = keys.data_ptr()
-    p.logits = out.data_ptr()
-    p.weights_stride = weights.stride()[0]
-    p.logits_stride = out.stride()[0]
-    p.windows = windows
-    if maxima is None:
-        return {"logits": out}
-    p.maxima, p.maxima_stride, p.maxima_blocks = maxima.data_ptr(), maxima.stride()[0], maxima.shape[1]
-    return {"logits": out, "block_max": maxima}
-
-
-def paged(
-    plan: Plan,
-    *,
-    query: torch.Tensor,
-    query_scales: torch.Tensor | None,
-    weights: torch.Tensor,
-    kv_cache: torch.Tensor,
-    page_stride: int,
-    block_table: torch.Tensor,
-    schedule_meta: torch.Tensor,
-    context_lens: torch.Tensor,
-    windows: Windows,
-    out: torch.Tensor,
-    maxima: torch.Tensor | None = None,
-) -> None:
-    """Starts the kernel on checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
-    p = PagedParams()
-    outputs = fill(p, query, query_scales, weights, kv_cache, windows, out, maxima)
-    p.block_table = block_table.data_ptr()
-    p.schedule = schedule_meta.data_ptr()
+    """Of checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
+    rows, next_n = windows.rows, windows.next_n
+    config = configure(
+        arch, query.fp4, query.heads, query.dim, page, weights.dtype, dtype,
+        few_rows=few_rows(rows, next_n, slots), next_n=together(rows, next_n),
+        alignment=alignment(query.values.data_ptr(), kv_cache.data_ptr(), page_stride), maxima=maxima is not None,
+    )  # fmt: skip
+    p = PagedParams(windows=windows)
+    _set_strides(p, weights, maxima)
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
     p.pages = kv_cache.shape[0]
-    p.columns = min(block_table.shape[1], 2**32 // plan.config.page)
-    p.rows_per_group, p.few = plan.rows_per_group, plan.few
-    inputs = {
-        "q": query,
-        "q scales": query_scales,
-        "weights": weights,
-        "kv_cache": kv_cache,
-        "context_lens": context_lens,
-        "block_table": block_table,
-        "schedule_meta": schedule_meta,
-    }
-    launch(plan.config.kernel, out.device, (plan.slots, 1), p, inputs, outputs)
+    p.columns = min(block_table.shape[1], 2**32 // page)
+    p.rows_per_group = rows_per_group(config, next_n)
+    p.few = plan_of_few(config, slots, rows, next_n)
+    return Plan(config, (slots, 1), p)
+
+
+def plan_ragged(
+    arch: str, query: Query, weights: torch.Tensor, keys: torch.Tensor,
+    columns: int, num_sms: int, windows: Windows, dtype: torch.dtype, maxima: Maxima,
+) -> Plan:  # fmt: skip
+    """Of checked arguments; shapes as in `ragged.fp8_fp4_mqa_logits`. Compressed if `columns`."""
+    config = configure(
+        arch, query.fp4, query.heads, query.dim, 0, weights.dtype, dtype,
+        alignment=alignment(query.values.data_ptr(), keys.data_ptr()), maxima=maxima is not None,
+    )  # fmt: skip
+    p = RaggedParams(windows=windows)
+    _set_strides(p, weights, maxima)
+    p.columns = columns
+    p.groups, p.parts, p.stripes = parts(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
+    return Plan(config, (min(num_sms, p.groups * p.parts), 1), p)
+
+
+def _set_strides(p: PagedParams | RaggedParams, weights: torch.Tensor, maxima: Maxima) -> None:
+    p.weights_stride = weights.stride()[0]
+    if maxima is not None:
+        p.maxima_stride, p.maxima_blocks = maxima.stride()[0], maxima.shape[1]
+
+
+def paged(
+    plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None
+) -> Windows:
+    """Starts the kernel on checked arguments. `addresses` are those of `inputs`, of which the first are q, weights,
+    kv_cache, context_lens, block_table, schedule_meta, and in FP4 q's scales. Returns what the rows see."""
+    p = PagedParams.from_buffer_copy(plan.parameters)
+    p.query, p.weights, p.keys, p.windows.ends, p.block_table, p.schedule = addresses[:6]
+    return _start(plan, p, inputs, addresses, out, maxima)
 
 
 def ragged(
-    config: Config,
-    num_sms: int,
-    columns: int,
-    *,
-    query: torch.Tensor,
-    query_scales: torch.Tensor | None,
-    weights: torch.Tensor,
-    keys: torch.Tensor,
-    key_scales: torch.Tensor,
-    bounds: Mapping[str, torch.Tensor],
-    windows: Windows,
-    out: torch.Tensor,
-    maxima: torch.Tensor | None = None,
-) -> None:
-    """Starts the kernel on checked arguments; shapes as in `ragged.fp8_fp4_mqa_logits`. Compressed if `columns`."""
-    p = RaggedParams()
-    outputs = fill(p, query, query_scales, weights, keys, windows, out, maxima)
-    p.key_scales = key_scales.data_ptr()
-    p.columns = columns
-    inputs = {"q": query, "q scales": query_scales, "weights": weights, "kv": keys, "kv scales": key_scales, **bounds}
-    p.groups, p.parts, p.stripes = parts(config, windows.rows, min(windows.limit, columns or windows.limit), num_sms)
-    launch(config.kernel, out.device, (min(num_sms, p.groups * p.parts), 1), p, inputs, outputs)
+    plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None
+) -> Windows:
+    """The same; the first of `inputs` are q, weights, kv, its scales, starts, ends, and in FP4 q's scales."""
+    p = RaggedParams.from_buffer_copy(plan.parameters)
+    p.query, p.weights, p.keys, p.key_scales, p.windows.starts, p.windows.ends = addresses[:6]
+    return _start(plan, p, inputs, addresses, out, maxima)
+
+
+def _start(plan: Plan, p, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: Maxima) -> Windows:
+    if plan.config.fp4:
+        p.query_scales = addresses[6]
+    p.logits, p.logits_stride = out.data_ptr(), out.stride()[0]
+    outputs = {"logits": out}
+    if maxima is not None:
+        p.maxima, outputs["block_max"] = maxima.data_ptr(), maxima
+    launch(plan.config.kernel, out.device, plan.grid, p, inputs, outputs, checked=True)
+    return p.windows

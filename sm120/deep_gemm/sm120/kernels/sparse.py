@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from ..jit import MOST, Kernel, launch
-from .logits import Config, Lists, SparseParams, fill, plan_of_few, rows_per_group
+from .logits import Config, Lists, SparseParams, plan_of_few, rows_per_group
 from .windows import Windows
 
 # lists.cuh
@@ -129,11 +129,13 @@ def sparse(
     p = SparseParams()
     p.metadata, p.pitch = metadata.data_ptr(), pitch(width)
     made_for = seal(width, config.block, config.page, unaligned)
-    windows = Lists(p.metadata, made_for, p.pitch, out.shape[0], width * config.block, least)
-    outputs = fill(p, query, query_scales, weights, values, windows, out)
+    p.windows = Lists(p.metadata, made_for, p.pitch, out.shape[0], width * config.block, least)
+    p.query, p.query_scales, p.keys = query.data_ptr(), query_scales.data_ptr(), values.data_ptr()
     p.key_scales = scales[0].data_ptr() if scales else None
+    p.weights, p.weights_stride = weights.data_ptr(), weights.stride()[0]
+    p.logits, p.logits_stride = out.data_ptr(), out.stride()[0]
     p.page_stride, p.places = page_stride, places
     p.rows_per_group = rows_per_group(config, 1)
     p.few = plan_of_few(config, slots, out.shape[0], 1)
     inputs = {"q": query, "q scales": query_scales, "weights": weights, **keys, "metadata": metadata}
-    launch(config.kernel, out.device, (slots, 1), p, inputs, outputs)
+    launch(config.kernel, out.device, (slots, 1), p, inputs, {"logits": out})

@@ -27,6 +27,7 @@ struct Stream {
     Source source;
     Scorer<Format, kHeads, kTokens, Weight> scorer;
     Sink sinks[kTokens];
+    Maxima<Sink, kTokens> maxima;         // kMany
     uint32 words[4][Format::kLoaded];     // keys g, g + 8, g + 16, g + 24 of the tile
     uint32 scale, next_scale;
     // kMany: where in 8 keys this lane begins, the key of a tile whose scale it loads, and 0 once more.
@@ -76,6 +77,7 @@ struct Stream {
     __device__ void turn(int tile) {
         const int next = tile + step;
         constexpr bool kFetch = kNext != Next::kNone, kWhole = kNext == Next::kWhole;
+        constexpr bool kInside = kWhole && Source::kFromZero;                 // of the windows
         constexpr bool kScaleBeside = Format::kScaleFirst || !kMany && Source::kTilesWhole;
         float sums[kTokens][4][2] = {};
         if constexpr (kScaleBeside) scale = next_scale;
@@ -110,12 +112,13 @@ struct Stream {
         for (int i = 0; i < kTokens; ++i) {
             if constexpr (!kMany) {
                 sinks[i].template take<kApart>(tile * kTile + scorer.key_of(lane), logits[i]);
-            } else if constexpr (!kWhole || !Source::kFromZero) {
+            } else if constexpr (!kInside) {
                 sinks[i].take_of(tile, logits[i]);
             } else if (kTokens == 1 || sinks[i].count) {
                 sinks[i].put(tile, logits[i]);
             }
         }
+        if constexpr (kMany) maxima.template take<kInside>(sinks, tile, logits);
     }
 
     template <bool kTurn>
@@ -138,6 +141,7 @@ struct Stream {
     template <bool kMany>
     __device__ void run(int tile, int to) {
         if constexpr (kMany) {
+            maxima.keep(sinks, scorer.key_of(lane), lane.id);
             #pragma unroll
             for (int i = 0; i < kTokens; ++i) sinks[i].keep(scorer.key_of(lane));
         }
