@@ -87,6 +87,12 @@ __device__ inline void store_word_if_at_least(uint32& to, float a, float b, uint
                  "@p add.u32 %0, %0, 4;\n\t}" : "+r"(to) : "f"(a), "f"(b), "r"(word) : "memory");
 }
 
+// x += the x of the lane `distance` below, where there is one.
+__device__ inline void add_from_below(int& x, int distance) {
+    asm volatile("{\n\t.reg .pred there;\n\t.reg .b32 below;\n\tshfl.sync.up.b32 below|there, %0, %1, 0, 0xffffffff;\n\t"
+                 "@there add.s32 %0, %0, below;\n\t}" : "+r"(x) : "r"(distance));
+}
+
 __device__ inline uint32 shared_address(const void* address) { return uint32(__cvta_generic_to_shared(address)); }
 
 // What the compiler is to keep, rather than to compute again wherever it is used.

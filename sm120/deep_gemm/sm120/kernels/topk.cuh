@@ -62,9 +62,9 @@ constexpr uint32 kNanWord = 0xffffffff;                                  // one 
 
 __device__ inline float lowest() { return __int_as_float(0xff800000); }
 
-// Values are without -0: x + 0 turns it into +0.
+// x + 0 turns -0 into +0.
 __device__ inline uint32 key_of(float x) {
-    const uint32 bits = __float_as_uint(x);
+    const uint32 bits = __float_as_uint(x + 0.0f);
     return x == x ? bits ^ (uint32(int(bits) >> 31) | kZero) : kNan;
 }
 
@@ -81,7 +81,7 @@ struct Bins {
 
     // Of two values; that of `second` in the upper half.
     __device__ static uint32 codes(float first, float second) {
-        const uint32 halves = ptx::cvt_rz_f16x2(second, first);
+        const uint32 halves = ptx::cvt_rz_f16x2(second + 0.0f, first + 0.0f);    // without -0
         return halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
     }
 
@@ -103,8 +103,8 @@ struct Vector {
     uint32 words[4];
 
     __device__ float value(int i) const {
-        if constexpr (kKeys == 4) return __uint_as_float(words[i]) + 0.0f;
-        else return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16) + 0.0f;
+        if constexpr (kKeys == 4) return __uint_as_float(words[i]);
+        else return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
     }
 };
 
@@ -291,7 +291,7 @@ struct Block {
         uint2 list[kCapacity];                        // {value, position}
         uint2 ties[kTies];                            // likewise
         uint32 totals[kWarps], counts[2][kWarps];
-        int bin, tied;
+        int bin;
     };
 
     Memory& memory;
@@ -302,7 +302,6 @@ struct Block {
     __device__ explicit Block(Memory& memory) : memory(memory) {
         uint32 bins[kOwn];
         if (kOwners == kThreads || thread < kOwners) take_bins(bins);
-        if (thread == 0) memory.tied = 0;
     }
 
     __device__ uint32* chosen() { return kAscending ? memory.in_turn : memory.results; }
@@ -324,12 +323,9 @@ struct Block {
     }
 
     // The sum of the lanes up to this one.
-    __device__ int sum_of_lanes(int x) const {
+    __device__ static int sum_of_lanes(int x) {
         #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int below = __shfl_up_sync(kAllLanes, x, distance);
-            if (lane >= distance) x += below;
-        }
+        for (int distance = 1; distance < 32; distance *= 2) ptx::add_from_below(x, distance);
         return x;
     }
 
@@ -366,14 +362,13 @@ struct Block {
             until = sum_of_lanes(sum);                   // while the totals are on their way
             const int before = until - sum + __reduce_add_sync(kAllLanes, lane < warp ? memory.totals[lane] : 0);
             if (before < want && before + int(sum) >= want) {
-                int bin = thread * kOwn, above = before, upto = before, end = before + sum;
+                int bin = thread * kOwn, above = before, inside = bins[0], upto = before;
                 #pragma unroll
                 for (int i = 0; i + 1 < kOwn; ++i) {
                     upto += bins[i];
-                    if (upto < want) above = upto, ++bin;
-                    else end = min(end, upto);
+                    if (upto < want) ++bin, above = upto, inside = bins[i + 1];
                 }
-                memory.match = {Bin::edge(bin), Bin::edge(bin - 1), above, end - above};
+                memory.match = {Bin::edge(bin), Bin::edge(bin - 1), above, inside};
                 memory.bin = bin;
             }
             if (thread == kOwners - 1 && before + int(sum) < want) memory.match = {0, 0, before + int(sum), 0};
@@ -472,36 +467,40 @@ struct Block {
     template <int kValues, class Position>
     __device__ void take(const float (&values)[kValues], Position position, int k, Match match) {
         const int above = reaching(values, match.high), ties = reaching(values, match.low) - above;
+        const int before = share_out(above | ties << 16).first;                  // both at once
+        uint32 at = ptx::shared_address(chosen() + (before & 0xffff));
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
         if (ties > 0) {
-            uint32 at = ptx::shared_address(memory.ties + atomicAdd(&memory.tied, ties));
+            at = ptx::shared_address(memory.ties + (before >> 16));
             #pragma unroll
             for (int i = 0; i < kValues; ++i) ptx::store_if_between(at, values[i], match.low, match.high, position(i));
         }
-        const Places places = share_out(above);
-        uint32 at = ptx::shared_address(chosen() + places.first);
-        #pragma unroll
-        for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
+        __syncthreads();
         rank(match.inside, k - match.above, match.above);
     }
 
     // The same of the list.
     __device__ void take(int listed, int k, Match match) {
-        int above = 0;
+        int mine = 0;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            const float value = __uint_as_float(entry_of(memory.list, first + thread, listed).x);
+            mine += __popc(__ballot_sync(kAllLanes, value >= match.high));
+            mine += __popc(__ballot_sync(kAllLanes, value >= match.low && !(value >= match.high))) << 16;
+        }
+        int before = share_out_warps(mine).first;
         #pragma unroll 1
         for (int first = 0; first < listed; first += kThreads) {
             const uint2 entry = entry_of(memory.list, first + thread, listed);
             const float value = __uint_as_float(entry.x);
-            above += __popc(__ballot_sync(kAllLanes, value >= match.high));
-            if (value >= match.low && !(value >= match.high)) memory.ties[atomicAdd(&memory.tied, 1)] = entry;
+            const bool is_above = value >= match.high, is_tie = value >= match.low && !is_above;
+            const uint32 above = __ballot_sync(kAllLanes, is_above), ties = __ballot_sync(kAllLanes, is_tie);
+            if (is_above) chosen()[(before & 0xffff) + __popc(above & lanes_below())] = entry.y;
+            if (is_tie) memory.ties[(before >> 16) + __popc(ties & lanes_below())] = entry;
+            before += __popc(above) + (__popc(ties) << 16);
         }
-        int place = share_out_warps(above).first;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(memory.list, first + thread, listed);
-            const uint32 all = __ballot_sync(kAllLanes, __uint_as_float(entry.x) >= match.high);
-            if (all >> lane & 1) chosen()[place + __popc(all & lanes_below())] = entry.y;
-            place += __popc(all);
-        }
+        __syncthreads();
         rank(match.inside, k - match.above, match.above);
     }
 
@@ -856,7 +855,7 @@ __device__ inline void merge(const TopkParams& p) {
     #pragma unroll 1
     for (int i = block.lane; i < parts; i += 32) {
         const float gate = __uint_as_float(ptx::load_word(p.gates + first + i));
-        least = max(least, gate == gate ? key_of(gate + 0.0f) : kAllLanes);
+        least = max(least, gate == gate ? key_of(gate) : kAllLanes);
     }
     least = __reduce_max_sync(kAllLanes, least);
     block.count(values);
