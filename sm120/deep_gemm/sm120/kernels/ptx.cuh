@@ -55,6 +55,13 @@ __device__ inline uint32 load_word(const void* address) {
     return word;
 }
 
+// Not what an earlier load has left in L1: what may have been written meanwhile.
+__device__ inline uint32 load_anew(const void* address) {
+    uint32 word;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return word;
+}
+
 __device__ inline uint32 load_half(const void* address) {
     uint16 half;
     asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(address));

@@ -79,9 +79,9 @@ template <int kDigit>
 struct Bins {
     static constexpr int kShift = 16 - kDigit, kCount = 1 << kDigit, kNegative = kCount / 2;
 
-    // Of two values; that of `second` in the upper half.
+    // Of two values, which are not -0; that of `second` in the upper half.
     __device__ static uint32 codes(float first, float second) {
-        const uint32 halves = ptx::cvt_rz_f16x2(second + 0.0f, first + 0.0f);    // without -0
+        const uint32 halves = ptx::cvt_rz_f16x2(second, first);
         return halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
     }
 
@@ -125,16 +125,30 @@ struct Row {
     int skew;                // keys there that are before the row's first one
     uint32 base = 0;         // kUnits: the block that is the row's first one
 
-    __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
-        int first = 0;
+    // Of the row's logits, or what stands for them; as it stands in memory now.
+    struct Bounds {
+        int first, length;
+        __device__ bool operator==(Bounds other) const { return first == other.first && length == other.length; }
+    };
+
+    __device__ static Bounds bounds(const TopkParams& p) {
+        auto load = [](const int* address) { return int(ptx::load_anew(address)); };
+        const int row = blockIdx.x;
         if (p.ends_are_lengths) {
-            if (p.windows.starts) first = max(int(ptx::load_word(p.windows.starts + row)), 0);
-            length = max(0, min(p.windows.length(row), p.windows.limit));
-        } else {
-            const Window window = p.windows.of(row);
-            first = window.begin;
-            length = window.end - window.begin;
+            const int length = load(p.windows.ends + row);
+            return {p.windows.starts ? max(load(p.windows.starts + row), 0) : 0, max(0, min(length, p.windows.limit))};
         }
+        const Window window = p.windows.of(row, load);
+        return {window.begin, window.end - window.begin};
+    }
+
+    __device__ explicit Row(const TopkParams& p) : Row(p, bounds(p)) {}
+
+    __device__ Row(const TopkParams& p, Bounds bounds) : p(p), row(blockIdx.x) { place(bounds); }
+
+    __device__ void place(Bounds bounds) {
+        int first = bounds.first;
+        length = bounds.length;
         if (kUnits && p.unit > 0) {                                      // those blocks in which the row has keys
             const uint32 unit = p.unit, end = first + min(length, 0x7fffffff - first);
             base = first / unit;
@@ -541,7 +555,7 @@ struct Block {
     __device__ void count_list(int listed, float gate) {
         __syncthreads();
         each(listed, [&](float value) {
-            const float values[1] = {value};
+            const float values[1] = {value + 0.0f};
             if (value >= gate) count(values);
         });
     }
@@ -550,7 +564,10 @@ struct Block {
     template <int kValues>
     __device__ void narrow(const float (&values)[kValues], int k, int& listed, float& gate) {
         count_list(listed, gate);
-        count(values);
+        each(values, [&](float value) {
+            const float values[1] = {value + 0.0f};
+            count(values);
+        });
         const Match match = find(k);
         if (match.inside > 0) gate = fmaxf(gate, match.low);
         const int all = listed;
@@ -734,17 +751,18 @@ __device__ inline void choose(const TopkParams& p) {
     constexpr int kPerVector = Vector<Logit>::kKeys, kKeys = kVectors * kPerVector, kPiece = kVectors * Of::kWarps;
     __shared__ typename Of::Memory memory;
     Of block(memory);
-    fetch_parameters(p);
-    ptx::griddepcontrol();
-
     using Lies = Row<Logit, kAscending>;
-    const Lies row(p);
-    const int parts = kParted ? row.parts(kThreads * kKeys) : 1, part = kParted ? blockIdx.y : 0;
-    if (part >= parts) return;
-    if (__builtin_expect(row.length <= p.k, 0)) return row.put_all();
-    const int first_vector = (block.warp * parts + part) * 32 + block.lane, step = kThreads * parts;
+    typename Lies::Bounds bounds = Lies::bounds(p);   // a guess: the kernel before may be about to write them
+    fetch_parameters(p);
+    Lies row(p, bounds);
+    int parts, first_vector, step, first_position;
+    const int part = kParted ? blockIdx.y : 0;
+    auto share = [&] {
+        parts = kParted ? row.parts(kThreads * kKeys) : 1;
+        first_vector = (block.warp * parts + part) * 32 + block.lane, step = kThreads * parts;
+        first_position = ptx::kept(row.position_of(first_vector, 0));
+    };
     auto vector_of = [&](int piece, int i) { return (piece * kVectors + i) * step + first_vector; };
-    const int first_position = ptx::kept(row.position_of(first_vector, 0));
     auto position_of = [&](int piece, int i) {
         return uint32(first_position + (piece * kVectors + i / kPerVector) * step * kPerVector + i % kPerVector);
     };
@@ -753,14 +771,29 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kVectors; ++i) row.load(vectors[i], vector_of(piece, i), int(position_of(piece, i * kPerVector)));
     };
+    share();
+    __syncthreads();
+    ptx::griddepcontrol();
+
+    #pragma unroll 1
+    for (;;) {                                        // once more if the guess was wrong
+        const auto found = Lies::bounds(p);
+        if (part < parts && row.length > p.k) load(0);
+        if (__builtin_expect(found == bounds, 1)) break;
+        row.place(bounds = found);
+        share();
+    }
+    if (part >= parts) return;
+    if (__builtin_expect(row.length <= p.k, 0)) return row.put_all();
+    if (parts == 1) row.fetch_pages();
     float values[kKeys];
     auto convert = [&] {
         #pragma unroll
-        for (int i = 0; i < kKeys; ++i) values[i] = vectors[i / kPerVector].value(i % kPerVector);
+        for (int i = 0; i < kKeys; ++i) {
+            values[i] = vectors[i / kPerVector].value(i % kPerVector);
+            if (kGroups == 0) values[i] += 0.0f;          // they are all counted
+        }
     };
-    load(0);
-    if (parts == 1) row.fetch_pages();
-    __syncthreads();
 
     const int64 region = int64(row.row) * p.parts + part;
     uint2* front = p.fronts + region * p.front;
@@ -795,6 +828,8 @@ __device__ inline void choose(const TopkParams& p) {
                 for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
                 #pragma unroll
                 for (int i = 0; i < kKeys; ++i) maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
+                #pragma unroll
+                for (int i = 0; i < kGroups; ++i) maxima[i] += 0.0f;
                 block.count(maxima);
                 const auto match = block.find(want);
                 if (match.inside > 0) gate = match.low;
@@ -849,7 +884,7 @@ __device__ inline void merge(const TopkParams& p) {
         const int at = i * kThreads + block.thread;
         uint32 entry[2] = {kNanWord, kNowhere};
         if (at < parts * p.front) ptx::load<2>(entry, p.fronts + first * p.front + at);
-        values[i] = __uint_as_float(entry[0]), positions[i] = entry[1];
+        values[i] = __uint_as_float(entry[0]) + 0.0f, positions[i] = entry[1];
     }
     uint32 least = kNothing;                          // the largest gate, as a key
     #pragma unroll 1
