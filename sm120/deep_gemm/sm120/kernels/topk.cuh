@@ -79,9 +79,9 @@ template <int kDigit>
 struct Bins {
     static constexpr int kShift = 16 - kDigit, kCount = 1 << kDigit, kNegative = kCount / 2;
 
-    // Of two values, which are not -0; that of `second` in the upper half.
+    // Of two values, without the sign of -0; that of `second` in the upper half.
     __device__ static uint32 codes(float first, float second) {
-        const uint32 halves = ptx::cvt_rz_f16x2(second, first);
+        const uint32 halves = ptx::cvt_rz_f16x2(second + 0.0f, first + 0.0f);
         return halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
     }
 
@@ -305,7 +305,7 @@ struct Block {
         uint2 list[kCapacity];                        // {value, position}
         uint2 ties[kTies];                            // likewise
         uint32 totals[kWarps], counts[2][kWarps];
-        int bin;
+        int bin, tied;
     };
 
     Memory& memory;
@@ -316,6 +316,7 @@ struct Block {
     __device__ explicit Block(Memory& memory) : memory(memory) {
         uint32 bins[kOwn];
         if (kOwners == kThreads || thread < kOwners) take_bins(bins);
+        if (thread == 0) memory.tied = 0;
     }
 
     __device__ uint32* chosen() { return kAscending ? memory.in_turn : memory.results; }
@@ -481,16 +482,16 @@ struct Block {
     template <int kValues, class Position>
     __device__ void take(const float (&values)[kValues], Position position, int k, Match match) {
         const int above = reaching(values, match.high), ties = reaching(values, match.low) - above;
-        const int before = share_out(above | ties << 16).first;                  // both at once
-        uint32 at = ptx::shared_address(chosen() + (before & 0xffff));
-        #pragma unroll
-        for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
         if (ties > 0) {
-            at = ptx::shared_address(memory.ties + (before >> 16));
+            uint32 at = ptx::shared_address(memory.ties + atomicAdd(&memory.tied, ties));
             #pragma unroll
             for (int i = 0; i < kValues; ++i) ptx::store_if_between(at, values[i], match.low, match.high, position(i));
         }
-        __syncthreads();
+        const int before = sum_of_lanes(above) - above;
+        const int first = share_out_warps(__reduce_add_sync(kAllLanes, above)).first;
+        uint32 at = ptx::shared_address(chosen() + first + before);
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
         rank(match.inside, k - match.above, match.above);
     }
 
@@ -555,7 +556,7 @@ struct Block {
     __device__ void count_list(int listed, float gate) {
         __syncthreads();
         each(listed, [&](float value) {
-            const float values[1] = {value + 0.0f};
+            const float values[1] = {value};
             if (value >= gate) count(values);
         });
     }
@@ -564,10 +565,7 @@ struct Block {
     template <int kValues>
     __device__ void narrow(const float (&values)[kValues], int k, int& listed, float& gate) {
         count_list(listed, gate);
-        each(values, [&](float value) {
-            const float values[1] = {value + 0.0f};
-            count(values);
-        });
+        count(values);
         const Match match = find(k);
         if (match.inside > 0) gate = fmaxf(gate, match.low);
         const int all = listed;
@@ -791,7 +789,7 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
             values[i] = vectors[i / kPerVector].value(i % kPerVector);
-            if (kGroups == 0) values[i] += 0.0f;          // they are all counted
+            if (kGroups == 0) values[i] += 0.0f;          // of -0, as for its bin; and to be stored as they are
         }
     };
 
@@ -828,8 +826,6 @@ __device__ inline void choose(const TopkParams& p) {
                 for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
                 #pragma unroll
                 for (int i = 0; i < kKeys; ++i) maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
-                #pragma unroll
-                for (int i = 0; i < kGroups; ++i) maxima[i] += 0.0f;
                 block.count(maxima);
                 const auto match = block.find(want);
                 if (match.inside > 0) gate = match.low;
