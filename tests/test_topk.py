@@ -171,6 +171,25 @@ def test_any_values_in_parts_of_several_pieces(fill: str, device: str, monkeypat
     check(FILLS[fill](1, 70000), [69923], 600, device=device)
 
 
+def zeros_at_the_kth(columns: int, k: int) -> torch.Tensor:
+    """In two rows 200 of both signs, 100 of which are chosen: few enough to be ranked, by their positions."""
+    places = torch.randperm(columns)
+    logits = -1 - torch.rand(1, columns)
+    logits[0, places[: k - 100]] = 1 + torch.rand(k - 100)
+    logits[0, places[k - 100 : k + 100]] = torch.where(torch.rand(200) < 0.5, 0.0, -0.0)
+    return torch.cat([logits, logits.flip(1)])
+
+
+@pytest.mark.parametrize("columns, k", [(900, 512), (3000, 512), (11000, 512), (70_000, 600)])
+def test_zeros_of_both_signs_are_equal(columns: int, k: int, device: str) -> None:
+    check(zeros_at_the_kth(columns, k), [columns, columns], k, device=device)
+
+
+@pytest.mark.parametrize("columns, k", [(17_000, 2048), (20_000, 512)])
+def test_zeros_of_both_signs_are_equal_in_one_part(columns: int, k: int, device: str, one_part: None) -> None:
+    check(zeros_at_the_kth(columns, k), [columns, columns], k, device=device)
+
+
 def test_one_part_has_more_than_its_list_holds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the largest of all, in one bin, and publishes none; the others publish more than k."""
     monkeypatch.setattr(settings, "_num_sms", 4)
@@ -231,9 +250,9 @@ def test_rows_of_all_lengths_in_one_part(device: str, one_part: None) -> None:
 
 def test_the_last_keys_of_a_row_begin_a_piece(device: str, one_part: None) -> None:
     """They are few, and the largest."""
-    config, _ = kernels.configure(torch.float32, 512, 5, 20000, 1)
-    assert config.groups and config.share == 8192
-    check(FILLS["rising"](5, 20000), [8192, 8193, 8319, 16385, 16400], 512, device=device)
+    config, _ = kernels.configure(torch.float32, 512, 5, 40000, 1)
+    assert config.groups and config.share == 16384
+    check(FILLS["rising"](5, 40000), [16384, 16385, 16511, 32769, 32784], 512, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

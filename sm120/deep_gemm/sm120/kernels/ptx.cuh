@@ -68,9 +68,6 @@ __device__ inline uint32 load_half(const void* address) {
     return half;
 }
 
-// 9.7.9.16 prefetch: the line is on its way to L2.
-__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" :: "l"(address)); }
-
 // 9.7.6.2 setp, and what it guards: of code that a compiler turns into branches with all their arithmetic.
 
 // count += a >= b

@@ -750,8 +750,13 @@ __device__ inline void choose(const TopkParams& p) {
     __shared__ typename Of::Memory memory;
     Of block(memory);
     using Lies = Row<Logit, kAscending>;
-    typename Lies::Bounds bounds = Lies::bounds(p);   // a guess: the kernel before may be about to write them
+    constexpr bool kGuess = kGroups == 0;
     fetch_parameters(p);
+    if (!kGuess) {
+        __syncthreads();
+        ptx::griddepcontrol();
+    }
+    typename Lies::Bounds bounds = Lies::bounds(p);   // a guess: the kernel before may be about to write them
     Lies row(p, bounds);
     int parts, first_vector, step, first_position;
     const int part = kParted ? blockIdx.y : 0;
@@ -770,12 +775,14 @@ __device__ inline void choose(const TopkParams& p) {
         for (int i = 0; i < kVectors; ++i) row.load(vectors[i], vector_of(piece, i), int(position_of(piece, i * kPerVector)));
     };
     share();
-    __syncthreads();
-    ptx::griddepcontrol();
+    if (kGuess) {
+        __syncthreads();
+        ptx::griddepcontrol();
+    }
 
     #pragma unroll 1
     for (;;) {                                        // once more if the guess was wrong
-        const auto found = Lies::bounds(p);
+        const auto found = kGuess ? Lies::bounds(p) : bounds;
         if (part < parts && row.length > p.k) load(0);
         if (__builtin_expect(found == bounds, 1)) break;
         row.place(bounds = found);
@@ -789,7 +796,7 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
             values[i] = vectors[i / kPerVector].value(i % kPerVector);
-            if (kGroups == 0) values[i] += 0.0f;          // of -0, as for its bin; and to be stored as they are
+            if (kGroups == 0 || kAhead) values[i] += 0.0f;          // of -0, as for its bin; and to be stored as they are
         }
     };
 
@@ -880,7 +887,7 @@ __device__ inline void merge(const TopkParams& p) {
         const int at = i * kThreads + block.thread;
         uint32 entry[2] = {kNanWord, kNowhere};
         if (at < parts * p.front) ptx::load<2>(entry, p.fronts + first * p.front + at);
-        values[i] = __uint_as_float(entry[0]) + 0.0f, positions[i] = entry[1];
+        values[i] = __uint_as_float(entry[0]), positions[i] = entry[1];
     }
     uint32 least = kNothing;                          // the largest gate, as a key
     #pragma unroll 1
