@@ -20,6 +20,8 @@
 //         all fronts can keys be missing: then as below.
 // Slowly  what does not fit, whatever the values are (equal, NaN, all in one bin or one part): one block reads the row again
 //         for each digit of the k-th key and of its position. Slower, never different.
+// Guess   few rows wait for one load after the other: their bounds are read before the kernel waits for the one before it,
+//         and again together with the logits that they lead to. If they have changed, those are loaded once more.
 // Lane    16 bytes of the row at a time. Places in the output follow from ballots and sums, not from who came first: two
 //         runs are bitwise equal.
 // Bound   one row: latency, of loads, histograms and barriers; rows by the thousand: reading the logits.
@@ -125,14 +127,16 @@ struct Row {
     int skew;                // keys there that are before the row's first one
     uint32 base = 0;         // kUnits: the block that is the row's first one
 
-    // Of the row's logits, or what stands for them; as it stands in memory now.
+    // Which keys a row has.
     struct Bounds {
         int first, length;
         __device__ bool operator==(Bounds other) const { return first == other.first && length == other.length; }
     };
 
+    // kAnew: as they stand in memory now, whatever has been read before.
+    template <bool kAnew = false>
     __device__ static Bounds bounds(const TopkParams& p) {
-        auto load = [](const int* address) { return int(ptx::load_anew(address)); };
+        auto load = [](const int* address) { return int(kAnew ? ptx::load_anew(address) : ptx::load_word(address)); };
         const int row = blockIdx.x;
         if (p.ends_are_lengths) {
             const int length = load(p.windows.ends + row);
@@ -750,13 +754,14 @@ __device__ inline void choose(const TopkParams& p) {
     __shared__ typename Of::Memory memory;
     Of block(memory);
     using Lies = Row<Logit, kAscending>;
-    constexpr bool kGuess = kGroups == 0;
-    fetch_parameters(p);
-    if (!kGuess) {
+    constexpr bool kGuess = kGroups == 0 && kThreads > 64 * kVectors;      // not where registers are short, and rows many
+    auto begin = [] {
         __syncthreads();
         ptx::griddepcontrol();
-    }
-    typename Lies::Bounds bounds = Lies::bounds(p);   // a guess: the kernel before may be about to write them
+    };
+    fetch_parameters(p);
+    if (!kGuess) begin();
+    auto bounds = Lies::template bounds<kGuess>(p);
     Lies row(p, bounds);
     int parts, first_vector, step, first_position;
     const int part = kParted ? blockIdx.y : 0;
@@ -775,14 +780,11 @@ __device__ inline void choose(const TopkParams& p) {
         for (int i = 0; i < kVectors; ++i) row.load(vectors[i], vector_of(piece, i), int(position_of(piece, i * kPerVector)));
     };
     share();
-    if (kGuess) {
-        __syncthreads();
-        ptx::griddepcontrol();
-    }
+    if (kGuess) begin();
 
     #pragma unroll 1
     for (;;) {                                        // once more if the guess was wrong
-        const auto found = kGuess ? Lies::bounds(p) : bounds;
+        const auto found = kGuess ? Lies::template bounds<true>(p) : bounds;
         if (part < parts && row.length > p.k) load(0);
         if (__builtin_expect(found == bounds, 1)) break;
         row.place(bounds = found);
@@ -796,7 +798,7 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
             values[i] = vectors[i / kPerVector].value(i % kPerVector);
-            if (kGroups == 0 || kAhead) values[i] += 0.0f;          // of -0, as for its bin; and to be stored as they are
+            if (kGroups == 0 || kAhead) values[i] += 0.0f;   // as bins have it; and beside its position, where pairs are stored
         }
     };
 
