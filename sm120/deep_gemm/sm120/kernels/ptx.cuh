@@ -74,6 +74,13 @@ __device__ inline uint32 load_word(const void* address) {
     return word;
 }
 
+// Not what an earlier load has left in L1: what may have been written meanwhile.
+__device__ inline uint32 load_anew(const void* address) {
+    uint32 word;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return word;
+}
+
 __device__ inline uint32 load_half(const void* address) {
     uint16 half;
     asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(address));
@@ -104,6 +111,12 @@ __device__ inline void store_if_between(uint32& to, float a, float b, float c, u
 __device__ inline void store_word_if_at_least(uint32& to, float a, float b, uint32 word) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p st.shared.b32 [%0], %3;\n\t"
                  "@p add.u32 %0, %0, 4;\n\t}" : "+r"(to) : "f"(a), "f"(b), "r"(word) : "memory");
+}
+
+// x += the x of the lane `distance` below, where there is one.
+__device__ inline void add_from_below(int& x, int distance) {
+    asm volatile("{\n\t.reg .pred there;\n\t.reg .b32 below;\n\tshfl.sync.up.b32 below|there, %0, %1, 0, 0xffffffff;\n\t"
+                 "@there add.s32 %0, %0, below;\n\t}" : "+r"(x) : "r"(distance));
 }
 
 __device__ inline uint32 shared_address(const void* address) { return uint32(__cvta_generic_to_shared(address)); }

@@ -20,6 +20,8 @@
 //         all fronts can keys be missing: then as below.
 // Slowly  what does not fit, whatever the values are (equal, NaN, all in one bin or one part): one block reads the row again
 //         for each digit of the k-th key and of its position. Slower, never different.
+// Guess   few rows wait for one load after the other: their bounds are read before the kernel waits for the one before it,
+//         and again together with the logits that they lead to. If they have changed, those are loaded once more.
 // Lane    16 bytes of the row at a time. Places in the output follow from ballots and sums, not from who came first: two
 //         runs are bitwise equal.
 // Bound   one row: latency, of loads, histograms and barriers; rows by the thousand: reading the logits.
@@ -62,9 +64,9 @@ constexpr uint32 kNanWord = 0xffffffff;                                  // one 
 
 __device__ inline float lowest() { return __int_as_float(0xff800000); }
 
-// Values are without -0: x + 0 turns it into +0.
+// x + 0 turns -0 into +0.
 __device__ inline uint32 key_of(float x) {
-    const uint32 bits = __float_as_uint(x);
+    const uint32 bits = __float_as_uint(x + 0.0f);
     return x == x ? bits ^ (uint32(int(bits) >> 31) | kZero) : kNan;
 }
 
@@ -79,9 +81,9 @@ template <int kDigit>
 struct Bins {
     static constexpr int kShift = 16 - kDigit, kCount = 1 << kDigit, kNegative = kCount / 2;
 
-    // Of two values; that of `second` in the upper half.
+    // Of two values, without the sign of -0; that of `second` in the upper half.
     __device__ static uint32 codes(float first, float second) {
-        const uint32 halves = ptx::cvt_rz_f16x2(second, first);
+        const uint32 halves = ptx::cvt_rz_f16x2(second + 0.0f, first + 0.0f);
         return halves ^ (~ptx::signs_of_halves(halves) & 0x7fff7fff);
     }
 
@@ -103,8 +105,8 @@ struct Vector {
     uint32 words[4];
 
     __device__ float value(int i) const {
-        if constexpr (kKeys == 4) return __uint_as_float(words[i]) + 0.0f;
-        else return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16) + 0.0f;
+        if constexpr (kKeys == 4) return __uint_as_float(words[i]);
+        else return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
     }
 };
 
@@ -125,16 +127,32 @@ struct Row {
     int skew;                // keys there that are before the row's first one
     uint32 base = 0;         // kUnits: the block that is the row's first one
 
-    __device__ explicit Row(const TopkParams& p) : p(p), row(blockIdx.x) {
-        int first = 0;
+    // Which keys a row has.
+    struct Bounds {
+        int first, length;
+        __device__ bool operator==(Bounds other) const { return first == other.first && length == other.length; }
+    };
+
+    // kAnew: as they stand in memory now, whatever has been read before.
+    template <bool kAnew = false>
+    __device__ static Bounds bounds(const TopkParams& p) {
+        auto load = [](const int* address) { return int(kAnew ? ptx::load_anew(address) : ptx::load_word(address)); };
+        const int row = blockIdx.x;
         if (p.ends_are_lengths) {
-            if (p.windows.starts) first = max(int(ptx::load_word(p.windows.starts + row)), 0);
-            length = max(0, min(p.windows.length(row), p.windows.limit));
-        } else {
-            const Window window = p.windows.of(row);
-            first = window.begin;
-            length = window.end - window.begin;
+            const int length = load(p.windows.ends + row);
+            return {p.windows.starts ? max(load(p.windows.starts + row), 0) : 0, max(0, min(length, p.windows.limit))};
         }
+        const Window window = p.windows.of(row, load);
+        return {window.begin, window.end - window.begin};
+    }
+
+    __device__ explicit Row(const TopkParams& p) : Row(p, bounds(p)) {}
+
+    __device__ Row(const TopkParams& p, Bounds bounds) : p(p), row(blockIdx.x) { place(bounds); }
+
+    __device__ void place(Bounds bounds) {
+        int first = bounds.first;
+        length = bounds.length;
         if (kUnits && p.unit > 0) {                                      // those blocks in which the row has keys
             const uint32 unit = p.unit, end = first + min(length, 0x7fffffff - first);
             base = first / unit;
@@ -324,12 +342,9 @@ struct Block {
     }
 
     // The sum of the lanes up to this one.
-    __device__ int sum_of_lanes(int x) const {
+    __device__ static int sum_of_lanes(int x) {
         #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int below = __shfl_up_sync(kAllLanes, x, distance);
-            if (lane >= distance) x += below;
-        }
+        for (int distance = 1; distance < 32; distance *= 2) ptx::add_from_below(x, distance);
         return x;
     }
 
@@ -366,14 +381,13 @@ struct Block {
             until = sum_of_lanes(sum);                   // while the totals are on their way
             const int before = until - sum + __reduce_add_sync(kAllLanes, lane < warp ? memory.totals[lane] : 0);
             if (before < want && before + int(sum) >= want) {
-                int bin = thread * kOwn, above = before, upto = before, end = before + sum;
+                int bin = thread * kOwn, above = before, inside = bins[0], upto = before;
                 #pragma unroll
                 for (int i = 0; i + 1 < kOwn; ++i) {
                     upto += bins[i];
-                    if (upto < want) above = upto, ++bin;
-                    else end = min(end, upto);
+                    if (upto < want) ++bin, above = upto, inside = bins[i + 1];
                 }
-                memory.match = {Bin::edge(bin), Bin::edge(bin - 1), above, end - above};
+                memory.match = {Bin::edge(bin), Bin::edge(bin - 1), above, inside};
                 memory.bin = bin;
             }
             if (thread == kOwners - 1 && before + int(sum) < want) memory.match = {0, 0, before + int(sum), 0};
@@ -477,8 +491,9 @@ struct Block {
             #pragma unroll
             for (int i = 0; i < kValues; ++i) ptx::store_if_between(at, values[i], match.low, match.high, position(i));
         }
-        const Places places = share_out(above);
-        uint32 at = ptx::shared_address(chosen() + places.first);
+        const int before = sum_of_lanes(above) - above;
+        const int first = share_out_warps(__reduce_add_sync(kAllLanes, above)).first;
+        uint32 at = ptx::shared_address(chosen() + first + before);
         #pragma unroll
         for (int i = 0; i < kValues; ++i) ptx::store_word_if_at_least(at, values[i], match.high, position(i));
         rank(match.inside, k - match.above, match.above);
@@ -486,22 +501,25 @@ struct Block {
 
     // The same of the list.
     __device__ void take(int listed, int k, Match match) {
-        int above = 0;
+        int mine = 0;
+        #pragma unroll 1
+        for (int first = 0; first < listed; first += kThreads) {
+            const float value = __uint_as_float(entry_of(memory.list, first + thread, listed).x);
+            mine += __popc(__ballot_sync(kAllLanes, value >= match.high));
+            mine += __popc(__ballot_sync(kAllLanes, value >= match.low && !(value >= match.high))) << 16;
+        }
+        int before = share_out_warps(mine).first;
         #pragma unroll 1
         for (int first = 0; first < listed; first += kThreads) {
             const uint2 entry = entry_of(memory.list, first + thread, listed);
             const float value = __uint_as_float(entry.x);
-            above += __popc(__ballot_sync(kAllLanes, value >= match.high));
-            if (value >= match.low && !(value >= match.high)) memory.ties[atomicAdd(&memory.tied, 1)] = entry;
+            const bool is_above = value >= match.high, is_tie = value >= match.low && !is_above;
+            const uint32 above = __ballot_sync(kAllLanes, is_above), ties = __ballot_sync(kAllLanes, is_tie);
+            if (is_above) chosen()[(before & 0xffff) + __popc(above & lanes_below())] = entry.y;
+            if (is_tie) memory.ties[(before >> 16) + __popc(ties & lanes_below())] = entry;
+            before += __popc(above) + (__popc(ties) << 16);
         }
-        int place = share_out_warps(above).first;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(memory.list, first + thread, listed);
-            const uint32 all = __ballot_sync(kAllLanes, __uint_as_float(entry.x) >= match.high);
-            if (all >> lane & 1) chosen()[place + __popc(all & lanes_below())] = entry.y;
-            place += __popc(all);
-        }
+        __syncthreads();
         rank(match.inside, k - match.above, match.above);
     }
 
@@ -735,17 +753,24 @@ __device__ inline void choose(const TopkParams& p) {
     constexpr int kPerVector = Vector<Logit>::kKeys, kKeys = kVectors * kPerVector, kPiece = kVectors * Of::kWarps;
     __shared__ typename Of::Memory memory;
     Of block(memory);
-    fetch_parameters(p);
-    ptx::griddepcontrol();
-
     using Lies = Row<Logit, kAscending>;
-    const Lies row(p);
-    const int parts = kParted ? row.parts(kThreads * kKeys) : 1, part = kParted ? blockIdx.y : 0;
-    if (part >= parts) return;
-    if (__builtin_expect(row.length <= p.k, 0)) return row.put_all();
-    const int first_vector = (block.warp * parts + part) * 32 + block.lane, step = kThreads * parts;
+    constexpr bool kGuess = kGroups == 0 && kThreads > 64 * kVectors;      // not where registers are short, and rows many
+    auto begin = [] {
+        __syncthreads();
+        ptx::griddepcontrol();
+    };
+    fetch_parameters(p);
+    if (!kGuess) begin();
+    auto bounds = Lies::template bounds<kGuess>(p);
+    Lies row(p, bounds);
+    int parts, first_vector, step, first_position;
+    const int part = kParted ? blockIdx.y : 0;
+    auto share = [&] {
+        parts = kParted ? row.parts(kThreads * kKeys) : 1;
+        first_vector = (block.warp * parts + part) * 32 + block.lane, step = kThreads * parts;
+        first_position = ptx::kept(row.position_of(first_vector, 0));
+    };
     auto vector_of = [&](int piece, int i) { return (piece * kVectors + i) * step + first_vector; };
-    const int first_position = ptx::kept(row.position_of(first_vector, 0));
     auto position_of = [&](int piece, int i) {
         return uint32(first_position + (piece * kVectors + i / kPerVector) * step * kPerVector + i % kPerVector);
     };
@@ -754,14 +779,28 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kVectors; ++i) row.load(vectors[i], vector_of(piece, i), int(position_of(piece, i * kPerVector)));
     };
+    share();
+    if (kGuess) begin();
+
+    #pragma unroll 1
+    for (;;) {                                        // once more if the guess was wrong
+        const auto found = kGuess ? Lies::template bounds<true>(p) : bounds;
+        if (part < parts && row.length > p.k) load(0);
+        if (__builtin_expect(found == bounds, 1)) break;
+        row.place(bounds = found);
+        share();
+    }
+    if (part >= parts) return;
+    if (__builtin_expect(row.length <= p.k, 0)) return row.put_all();
+    if (parts == 1) row.fetch_pages();
     float values[kKeys];
     auto convert = [&] {
         #pragma unroll
-        for (int i = 0; i < kKeys; ++i) values[i] = vectors[i / kPerVector].value(i % kPerVector);
+        for (int i = 0; i < kKeys; ++i) {
+            values[i] = vectors[i / kPerVector].value(i % kPerVector);
+            if (kGroups == 0 || kAhead) values[i] += 0.0f;   // as bins have it; and beside its position, where pairs are stored
+        }
     };
-    load(0);
-    if (parts == 1) row.fetch_pages();
-    __syncthreads();
 
     const int64 region = int64(row.row) * p.parts + part;
     uint2* front = p.fronts + region * p.front;
@@ -856,7 +895,7 @@ __device__ inline void merge(const TopkParams& p) {
     #pragma unroll 1
     for (int i = block.lane; i < parts; i += 32) {
         const float gate = __uint_as_float(ptx::load_word(p.gates + first + i));
-        least = max(least, gate == gate ? key_of(gate + 0.0f) : kAllLanes);
+        least = max(least, gate == gate ? key_of(gate) : kAllLanes);
     }
     least = __reduce_max_sync(kAllLanes, least);
     block.count(values);

@@ -139,27 +139,32 @@ def configure(
     # in registers: a block a row
     if columns <= 1024:
         return form(128, 8, 1, 12, digit=9) if many else form(256, 4, 1, 4, digit=9)
-    if columns <= 2048 and rows <= num_sms:
-        return form(512, 4, 1, 3)
+    if columns <= 2048:
+        return form(512, 4, 1, 3) if rows <= num_sms else form(256, 8, 1, 4, digit=10)
     if columns <= 4096:
-        return form(256, 16, 1, 5) if many else form(512, 8, 1, 2)
+        return form(256, 16, 1, 5) if many else form(512, 8, 1, 2, digit=10 if most == 2048 else 11)
     if columns <= 8192:
         return form(512, 16, 1, 2)
-    if most > 512 and columns <= 16384 and rows <= num_sms:
+    few = rows * columns <= 2048 * num_sms
+    if columns <= 16384 and rows <= num_sms and (most > 512 or not few):
         return form(1024, 16, 1, 1, digit=12)
     if most == 2048 and columns <= 16384:
         return form(512, 32, 1, 2, digit=12)
     if most == 2048 and columns <= 32768 and num_sms // 8 < rows <= num_sms:
         return form(1024, 32, 1, 1, digit=12)
     # in the registers of several blocks
-    if rows * columns <= 2048 * num_sms or columns > 16384:
+    if few or columns > 16384:
         for keys in (4, 8, 16):
             parts = -(-columns // form(512, keys, 2, 2)[0].share)
             if parts <= _MOST_PARTS and rows * parts <= 2 * num_sms and (keys < 16 or columns > 32768):
                 return form(512, keys, parts, 2)
     # sifted
     if rows > num_sms:
-        return form(512, 16, 1, 3 if many and most == 512 and columns <= 16384 else 2, True)
+        if columns <= 16384 and (most == 512 or not many):
+            return form(512, 16, 1, 3 if many else 2, True)
+        return form(512, 32, 1, 2, True)
+    if most == 2048 and 4 * rows > num_sms and 2 * rows <= num_sms and columns <= 65536:
+        return form(512, 32, 4, 2, True)
     if 4 * rows > num_sms or columns <= 16384:
         return form(1024, 16, 2 if columns > 65536 and 2 * rows <= num_sms else 1, 1, True)
     return form(512, 16, min(_MOST_PARTS, num_sms // rows), 1, True)

@@ -21,14 +21,19 @@ struct Windows {
     __device__ int counted(int keys) const { return keys > least ? keys : 0; }
 
     __device__ Window of(int token) const {
+        return of(token, [](const int* address) { return int(ptx::load_word(address)); });
+    }
+
+    template <class Load>
+    __device__ Window of(int token, Load load) const {
         int end;
         if (lengths_per_row == next_n) {
-            end = ptx::load_word(ends + token);
+            end = load(ends + token);
         } else {
             const int row = token / next_n;
-            end = max(int(ptx::load_word(ends + row)), 0) - (next_n - 1 - (token - row * next_n));
+            end = max(load(ends + row), 0) - (next_n - 1 - (token - row * next_n));
         }
-        const int begin = starts ? max(int(ptx::load_word(starts + token)), 0) : 0;
+        const int begin = starts ? max(load(starts + token), 0) : 0;
         return {begin, begin + counted(max(begin, min(end, limit)) - begin)};
     }
 
