@@ -126,6 +126,7 @@ TESTS = {
     ],
     "sm120/kernels/sinks.cuh": [
         "test_block_max.py::test_ragged",
+        "test_block_max.py::test_many_rows",
         "test_block_max.py::test_next_n",
         "test_block_max.py::test_one_short_row",
         *RAGGED,
@@ -354,13 +355,14 @@ MUTATIONS = {
         "reach = count ? «min(int(count), room) → int(count)» + (kBlock - 1)",
         "reach = «count ? → true ?» min(int(count), room)",
         "min(int(count), room)« + (kBlock - 1) → » : 0;",
-        "const uint32 block = key - «2 → 1» * odd;",
-        "first = block % Sink::kBlock == «0 → 1» && mine.count > 0;",
-        "block % Sink::kBlock == 0« && mine.count > 0 → »;",
-        "mine.begin -= block, mine.maxima += «block / 2 → 0»;",
-        "«mine.begin -= block → mine.begin -= key», mine.maxima",
+        "first = (key - «2 → 1» * odd) % Sink::kBlock == 0",
+        "first = (key - 2 * odd) % Sink::kBlock == «0 → 1» && of(sinks).count > 0;",
+        "% Sink::kBlock == 0« && of(sinks).count > 0 → »;",
+        "        maxima += «key / 2 → 0»;",
+        "own.begin += «2 → 0», --own.maxima;",
+        "own.begin += 2, «-- → »own.maxima;",
         "odd = kTokens == 2 && «lane % 2 → lane / 2 % 2»;",
-        "__shfl_xor_sync(kAllLanes, odd ? own[«0 → 1»] : own[1], 1));",
+        "__shfl_xor_sync(kAllLanes, odd ? values[«0 → 1»] : values[1], 1));",
         "        «if (!first) return; → »\n        uint8* at",
         "if («from == 1 → false») logit = fmaxf",
         "if (key % kBlock == «0 → 2») place(n,",
@@ -772,6 +774,9 @@ MUTATIONS = {
 
 # Survivors that are no gap, and why.
 EXPLAINED = {
+    "const bool seen = kInside || tile * kTile - sinks[i].begin «< → <=» sinks[i].count;": (
+        "the key behind a window's last is in the block whose maximum is +inf, or in one that is not stored"
+    ),
     "return bin >= kNegative + («0x7c00 → 0x7bff» >> kShift) ? lowest() : value;": "a limit lower than it need be",
     "if (start < before || start «>= → >» until) continue;": "what is written too early, the same thread corrects",
     "if (lengths_per_row «== next_n → != 1») {": "with one token and one length both ways lead to the same window",

@@ -71,6 +71,11 @@ struct Stored<WithMaxima<Logit>> : Stored<Logit> {
         reach = count ? min(int(count), room) + (kBlock - 1) : 0;
     }
 
+    __device__ void keep(uint32 key) {
+        Stored<Logit>::keep(key);
+        maxima += key / 2;
+    }
+
     template <int kApart>
     __device__ void take(uint32 key, float logit) const {
         const uint32 n = key - begin;
@@ -111,36 +116,42 @@ struct Maxima<Stored<WithMaxima<Logit>>, kTokens> {
     using Sink = Stored<WithMaxima<Logit>>;
     static_assert(kTokens <= 2);
 
-    Sink mine;                   // of this lane's token, from the first key of its block on
+    Sink own;                    // this lane's token, from the key of the even lane beside it on
     bool odd, first;             // whether this lane stores
 
+    // Sinks have kept the key.
     __device__ void keep(const Sink (&sinks)[kTokens], uint32 key, int lane) {
         odd = kTokens == 2 && lane % 2;
-        mine = sinks[0];
-        if (odd) mine = sinks[kTokens - 1];
-        const uint32 block = key - 2 * odd;                // the key of the even lane beside it is two before this one's
-        first = block % Sink::kBlock == 0 && mine.count > 0;
-        mine.begin -= block, mine.maxima += block / 2;
+        if constexpr (kTokens == 2) {
+            own = sinks[0];
+            if (odd) own = sinks[1], own.begin += 2, --own.maxima;
+        }
+        first = (key - 2 * odd) % Sink::kBlock == 0 && of(sinks).count > 0;
+    }
+
+    __device__ const Sink& of(const Sink (&sinks)[kTokens]) const {
+        if constexpr (kTokens == 2) return own;
+        else return sinks[0];
     }
 
     // kInside: windows have the whole tile, and more follows.
     template <bool kInside>
     __device__ void take(const Sink (&sinks)[kTokens], uint32 tile, const float (&logits)[kTokens]) const {
-        float own[kTokens];
+        float values[kTokens];
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const bool seen = kInside || tile * kTile - sinks[i].begin < sinks[i].count;
-            own[i] = seen ? float(Logit(logits[i])) : __int_as_float(0x7fffffff);
+            values[i] = seen ? float(Logit(logits[i])) : __int_as_float(0x7fffffff);
         }
-        float most = own[0];
+        float most = values[0];
         if constexpr (kTokens == 2) {
-            most = odd ? own[1] : own[0];
-            most = fmaxf(most, __shfl_xor_sync(kAllLanes, odd ? own[0] : own[1], 1));
+            most = odd ? values[1] : values[0];
+            most = fmaxf(most, __shfl_xor_sync(kAllLanes, odd ? values[0] : values[1], 1));
         }
         most = Sink::template largest<kApart>(most, kTokens);
         if (!first) return;
-        uint8* at = mine.maxima + int64(tile) * (kTile / 2);
+        uint8* at = of(sinks).maxima + int64(tile) * (kTile / 2);
         if constexpr (kInside) *reinterpret_cast<float*>(at) = most;
-        else mine.place(tile * kTile - mine.begin, at, most);
+        else of(sinks).place(tile * kTile - of(sinks).begin, at, most);
     }
 };

@@ -141,9 +141,9 @@ struct Stream {
     template <bool kMany>
     __device__ void run(int tile, int to) {
         if constexpr (kMany) {
-            maxima.keep(sinks, scorer.key_of(lane), lane.id);
             #pragma unroll
             for (int i = 0; i < kTokens; ++i) sinks[i].keep(scorer.key_of(lane));
+            maxima.keep(sinks, scorer.key_of(lane), lane.id);
         }
         if constexpr (kMany) {
             kept = __shfl_sync(kAllLanes, own(), lane.id), kept_scale = __shfl_sync(kAllLanes, own_scale(), lane.id);
