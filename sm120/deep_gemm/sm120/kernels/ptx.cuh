@@ -16,12 +16,16 @@ __device__ inline void griddepcontrol_wait() {
 #endif
 }
 
-// The same, and let the next kernel be set up meanwhile.
-__device__ inline void griddepcontrol() {
-    griddepcontrol_wait();
+// And let the next kernel be set up, once all blocks have said so or are done.
+__device__ inline void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+__device__ inline void griddepcontrol() {
+    griddepcontrol_wait();
+    launch_dependents();
 }
 
 // 9.7.9.9 ld.global.nc: `Words` words of 4 bytes, naturally aligned as a whole. 8 words at once exist since SM100.

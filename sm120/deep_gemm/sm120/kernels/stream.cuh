@@ -164,6 +164,7 @@ struct Stream {
             }
             if constexpr (kCut) turn<Next::kCut, kMany>(tile), tile += step;
         }
+        if constexpr (!kMany) ptx::launch_dependents();
         turn<Next::kNone, kMany>(tile);
     }
 
@@ -181,6 +182,7 @@ struct Stream {
     }
 
     __device__ void finish_eight(int unit) {
+        ptx::launch_dependents();
         #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
             const float logit = Format::finish(scorer.eight(i, words[0], next_scale, lane), next_scale);
