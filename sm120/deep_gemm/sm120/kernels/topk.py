@@ -133,6 +133,7 @@ def configure(
         if sifted:  # half again as many as k and more, a power of two to a lane
             groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
             digit -= ascending and most == 2048  # there is no memory for more
+        # where registers are left, as 32 keys leave none (64 x 64K of k 2,048: 28 instead of 20 us)
         ahead = sifted and keys < 32 and rows <= num_sms and columns > 16384
         return _config(dtype, most, ascending, threads, vectors, parts > 1, ahead, groups, digit, blocks), parts
 
