@@ -774,6 +774,7 @@ MUTATIONS = {
 
 # Survivors that are no gap, and why.
 EXPLAINED = {
+    "% Sink::kBlock == 0« && of(sinks).count > 0 → »;": "a second token for nobody is the first again: stored twice",
     "const bool seen = kInside || tile * kTile - sinks[i].begin «< → <=» sinks[i].count;": (
         "the key behind a window's last is in the block whose maximum is +inf, or in one that is not stored"
     ),
