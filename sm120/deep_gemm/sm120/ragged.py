@@ -163,9 +163,7 @@ def _check(
     if 0 in shape:
         return shape, sizes, None
     windows = windows_of_bounds(starts, ends, keys.shape[0], least)
-    arch, num_sms = jit.architecture_of(device), sms_to_use(device)
-    return (
-        shape,
-        sizes,
-        logits.plan_ragged(arch, query, weights, keys, max_seqlen_k, num_sms, windows, dtype, block_max),
+    plan = logits.plan_ragged(
+        jit.architecture_of(device), query, weights, keys, max_seqlen_k, sms_to_use(device), windows, dtype, block_max
     )
+    return shape, sizes, plan

@@ -197,10 +197,11 @@ _NUMBER = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16
 def _kernel(config: Config, block_scaled: bool) -> Kernel:
     if config.fp4:
         # Few rows alone load queries by 16 bytes; of lists and of the widened form that has not been timed.
-        wide = block_scaled and config.alignment >= 16 and config.page and config.few_rows and not config.block
-        tag, format = "fp4", f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
-        if wide and config.dim == 128:
+        few = config.page and config.few_rows and not config.block
+        if block_scaled and few and config.alignment >= 16 and config.dim == 128:
             tag, format = "fp4_v16", f"Fp4<{config.dim}, 16>"
+        else:
+            tag, format = "fp4", f"{'Fp4' if block_scaled else 'Fp4Widened'}<{config.dim}>"
     elif config.block:
         vector = min(config.alignment, 8)
         tag = f"mxfp8_v{vector}"

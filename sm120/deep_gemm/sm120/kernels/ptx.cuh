@@ -16,13 +16,14 @@ __device__ inline void griddepcontrol_wait() {
 #endif
 }
 
-// And let the next kernel be set up, once all blocks have said so or are done.
+// The next kernel may be set up, once all blocks have said so or are done.
 __device__ inline void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
+// Wait, and let the next kernel be set up meanwhile.
 __device__ inline void griddepcontrol() {
     griddepcontrol_wait();
     launch_dependents();
