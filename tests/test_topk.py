@@ -165,8 +165,8 @@ def test_any_values_in_one_part(fill: str, columns: int, k: int, device: str, on
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_any_values_in_parts_of_several_pieces(fill: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "_num_sms", 4)
-    config, parts = kernels.configure(torch.float32, 600, 1, 70000, 4)
+    monkeypatch.setattr(settings, "_num_sms", 2)
+    config, parts = kernels.configure(torch.float32, 600, 1, 70000, 2)
     assert parts == 4 and config.groups and config.share * parts < 70000
     check(FILLS[fill](1, 70000), [69923], 600, device=device)
 
@@ -192,8 +192,8 @@ def test_zeros_of_both_signs_are_equal_in_one_part(columns: int, k: int, device:
 
 def test_one_part_has_more_than_its_list_holds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the largest of all, in one bin, and publishes none; the others publish more than k."""
-    monkeypatch.setattr(settings, "_num_sms", 4)
-    config, parts = kernels.configure(torch.float32, 600, 1, 70000, 4)
+    monkeypatch.setattr(settings, "_num_sms", 2)
+    config, parts = kernels.configure(torch.float32, 600, 1, 70000, 2)
     assert parts == 4 and 70000 // 8 > config.capacity and 3 * (config.fronts // parts) > 600
     mine = torch.arange(70000) // 128 % parts == 1
     check(torch.where(mine, torch.rand(1, 70000) * 1e38, torch.randn(1, 70000)), [69923], 600, device=device)
@@ -234,6 +234,21 @@ def test_the_row_is_read_again_only_where_it_matters() -> None:
     assert read(in_one_chunk_of(parts)) > (fronts, 4 * 70000)
 
 
+@pytest.mark.parametrize("columns, k", [(30_000, 512), (40_000, 2048)])
+def test_a_first_piece_that_is_no_sample(columns: int, k: int, one_part: None) -> None:
+    """It has all of the largest: the gate for its share of them lets too few pass, and the row is read once more."""
+    config, parts = kernels.configure(torch.float32, k, 2, columns, 1)
+    pieces = -(-columns // config.share)
+    assert parts == 1 and config.groups and pieces > 1
+    first = torch.arange(columns) // 128 % pieces == 0
+    lopsided = torch.where(first, torch.exp2(14 * torch.rand(2, columns)), torch.randn(2, columns).clamp(max=1))
+    for logits, times in ((torch.randn(2, columns), 1), (lopsided, 2)):
+        check(logits, [columns, columns], k)
+        with recording() as launches:
+            sm120.topk(logits, torch.tensor([columns, columns], dtype=torch.int32), k)
+        assert launches[0].bytes_read["logits"] == times * logits.nbytes
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +266,7 @@ def test_rows_of_all_lengths_in_one_part(device: str, one_part: None) -> None:
 def test_the_last_keys_of_a_row_begin_a_piece(device: str, one_part: None) -> None:
     """They are few, and the largest."""
     config, _ = kernels.configure(torch.float32, 512, 5, 40000, 1)
-    assert config.groups and config.share == 16384
+    assert config.groups and config.share == 8192
     check(FILLS["rising"](5, 40000), [16384, 16385, 16511, 32769, 32784], 512, device=device)
 
 

@@ -570,7 +570,7 @@ MUTATIONS = {
         "if (!fits) gate = «__uint_as_float(kNanWord) → gate»;",
         "least = «max → min»(least, gate == gate",
         "gate == gate ? key_of(gate) : «kAllLanes → kNothing»",
-        "if (__builtin_expect(«found == bounds → true», 1)) break;",
+        "if (__builtin_expect(«found == words → true», 1)) break;",
         "if (at < «parts → parts - 1» * p.front)",
         "if (row.length <= p.k« || parts == 1 → ») {",
         "__builtin_expect(row.length «<= → <» p.k, 0)) return row.put_all();",

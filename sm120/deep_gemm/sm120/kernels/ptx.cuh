@@ -86,6 +86,12 @@ __device__ inline uint32 load_anew(const void* address) {
     return word;
 }
 
+// The same under a predicate: without it the word stays.
+__device__ inline void load_anew_if(uint32& word, const void* address, bool there) {
+    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %2, 0;\n\t@there ld.relaxed.gpu.global.b32 %0, [%1];\n\t}"
+                 : "+r"(word) : "l"(address), "r"(int(there)) : "memory");
+}
+
 __device__ inline uint32 load_half(const void* address) {
     uint16 half;
     asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(address));
