@@ -159,6 +159,7 @@ TESTS = {
     "sm120/kernels/rows.cuh": [
         SHAPES[0],
         "test_rows.py::test_one_row_of_small_lengths",
+        "test_topk.py::test_a_slot_ends_among_rows_that_are_chosen_whole",
         WHOLE[0],
         "test_rows.py::test_empty_rows_among_them",
         "test_paged.py::test_a_row_behind_many_empty_ones",
@@ -441,6 +442,10 @@ MUTATIONS = {
         "key = lane.g < «2 → 8» ? 8 * unit",
     ],
     "sm120/kernels/group.cuh": [
+        "const int tokens = «min(count, kSize) → kSize», sets",
+        "(kWarps % n == 0 && n «<= → <» sets) even = n;",
+        "return kWarps % sets <= «kWarps / 8 → kWarps» ? tokens : even * kTokens;",
+        "? tokens : even« * kTokens → »;",
         "last = empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1;",
         "active ? last : first > from ? first : «kNever → last»",
         "rest = change < to ? «change → kNever» : kNever;",
@@ -491,7 +496,8 @@ MUTATIONS = {
         "min(p.windows.rows, «first_of(p, last) + p.rows_per_group → last + 1»);",
         "if («row < 0 || → » row >= limit) return;",
         "return row« - row % p.rows_per_group → »; }",
-        "next = first_token + «min(count, Group::kSize) → count», tile = 0;",
+        "next = first_token + «size → count», tile = 0;",
+        "window_of(p, first_token, «size → count», lane)",
         "score_span(p, first_token, mine, «max(tile, from) → from», to,",
         "const int row = max(«next / p.windows.next_n → 0», begin.x);",
         "next = next_row(p, first_row« + rows → », limit, lane)",
