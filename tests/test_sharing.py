@@ -73,7 +73,7 @@ def test_more_tokens_than_warps(slots: int, fp4: bool) -> None:
 
 
 def test_no_warp_is_idle_over_the_last_rows() -> None:
-    """12 warps, 296 rows: the last 8 are taken as 6, by two warps each, and 2, by six. Each time a warp loads a query."""
+    """12 warps, 296 rows: the last 8 are taken as 6, by two each, and 2, by six. Each time a warp loads a query."""
     problem = Paged([256] * 296, heads=64, slots=1)
     assert paged(problem).bytes_read["q"] == 12 * (24 + 2) * 64 * 128
 
