@@ -443,7 +443,6 @@ MUTATIONS = {
     ],
     "sm120/kernels/group.cuh": [
         "const int tokens = «min(count, kSize) → kSize», sets",
-        "(kWarps % n == 0 && n «<= → <» sets) even = n;",
         "return kWarps % sets <= «kWarps / 8 → kWarps» ? tokens : even * kTokens;",
         "? tokens : even« * kTokens → »;",
         "last = empty ? 0 : («mine.end - 1 → mine.end») / kTile + 1;",
