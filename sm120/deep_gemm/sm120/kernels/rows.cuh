@@ -224,9 +224,6 @@ struct Rows {
         }
     }
 
-    // The first row of the group of `row`.
-    __device__ static int first_of(const Params& p, int row) { return row - row % p.rows_per_group; }
-
     // Lane i's is that of token i of a group.
     __device__ static Window window_of(const Params& p, int first_token, int count, const Lane& lane) {
         return lane.id < count ? p.windows.of(first_token + lane.id) : Window{0, 0};
@@ -239,12 +236,11 @@ struct Rows {
         // than a look into L1.
         for (int next = 0, tile = 0;;) {
             const int2 begin = p.entry(blockIdx.x, lane), end = p.entry(blockIdx.x + 1, lane);
-            if (begin.x == end.x && begin.y >= end.y) return;
-            // To the end of the group in which the slot ends: it has a part of the keys of all its rows.
-            const int last = end.x - (end.y == 0), limit = min(p.windows.rows, first_of(p, last) + p.rows_per_group);
+            const int limit = begin.x == end.x && begin.y >= end.y ? 0 : min(p.windows.rows, end.x + (end.y > 0));
             const int row = max(next / p.windows.next_n, begin.x);
-            if (row < 0 || row >= limit) return;
-            const int first_row = first_of(p, row), rows = min(p.rows_per_group, p.windows.rows - first_row);
+            const int first_row = row - row % p.rows_per_group, rows = min(p.rows_per_group, p.windows.rows - first_row);
+            // Not the row counts, but the group: of the one in which the slot ends it has a part of the keys of all rows.
+            if (row < 0 || first_row >= limit || row >= p.windows.rows) return;
             const int done = max(next - first_row * p.windows.next_n, 0);
             const int first_token = first_row * p.windows.next_n + done, count = rows * p.windows.next_n - done;
             const int size = Group::at_once(count);
