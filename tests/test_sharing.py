@@ -72,6 +72,12 @@ def test_more_tokens_than_warps(slots: int, fp4: bool) -> None:
     assert paged(problem).block_bytes["kv_cache"] == 1024 * BYTES[fp4]
 
 
+def test_no_warp_is_idle_over_the_last_rows() -> None:
+    """12 warps, 296 rows: the last 8 are taken as 6, by two each, and 2, by six. Each time a warp loads a query."""
+    problem = Paged([256] * 296, heads=64, slots=1)
+    assert paged(problem).bytes_read["q"] == 12 * (24 + 2) * 64 * 128
+
+
 def test_requests_of_a_decode_step_are_spread_over_the_warps() -> None:
     """Few rows: no key is asked for twice but those that stand in for keys past a row's end."""
     problem = Paged([3000, 500, 0, 2000], heads=64, slots=20)

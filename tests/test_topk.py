@@ -644,6 +644,24 @@ def test_keys_of_rows_that_are_chosen_whole_are_not_read(next_n: int, rows: int,
     assert 301 <= choice() <= 320 * next_n
 
 
+@pytest.mark.parametrize("next_n, whole", [(1, 146), (1, 150), (1, 158), (3, 147)])
+def test_a_slot_ends_among_rows_that_are_chosen_whole(next_n: int, whole: int, device: str) -> None:
+    """The first of two slots ends after row 145 of 290. The rows before it, and some after it in the same group, are
+    chosen whole, and so are not looked at; of the group's last rows the slot has a part of the keys all the same."""
+    problem = Paged([[400] * next_n] * whole + [[512] * next_n] * (290 - whole), next_n, 8, 64, slots=2, device=device)
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, problem.block_kv, 2)
+    assert schedule[1].tolist() == [145, 0]
+    logits = deep_gemm.fp8_fp4_paged_mqa_logits(*problem.arguments(schedule), clean_logits=True).cpu()
+    lengths = reference.windows(problem.context_lens.cpu(), next_n).reshape(-1).tolist()
+    rows = len(lengths)
+    size = sm120.mqa_topk_workspace_bytes(rows, 512, 400, next_n, device)
+    workspace = torch.full((size,), 0x7F, dtype=torch.uint8, device=device)  # what is not scored would be chosen
+    out = poisoned(rows, 400, torch.int32, device)
+    sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), 400, out=out, workspace=workspace)
+    for got, want in zip(out.cpu(), reference.topk(logits, lengths, 400), strict=True):
+        assert sorted(got.tolist()) == want
+
+
 def test_keys_of_a_run_that_are_chosen_whole_are_not_read() -> None:
     problem = Ragged([0, 100, 7] * 20, [300, 400, 7] * 20, 500, heads=8, dim=64)
     choice = partial(sm120.fp8_fp4_mqa_topk, *problem.arguments())

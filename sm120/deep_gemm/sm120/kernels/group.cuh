@@ -30,6 +30,16 @@ struct Group {
     static constexpr int kSize = kWarps * kTokens < 32 ? kWarps * kTokens : 32;   // tokens that a block takes at once
     static_assert(kWarps <= 32);
 
+    // How many of `count` tokens, the last of a group, a block takes next: all of them where that leaves few warps idle, else
+    // as many as leave none (8 tokens and 12 warps: 6, by two warps each, then 2).
+    __device__ static int at_once(int count) {
+        const int tokens = min(count, kSize), sets = (tokens + kTokens - 1) / kTokens;
+        int even = 1;
+        #pragma unroll
+        for (int n = 2; n <= kWarps; ++n) if (kWarps % n == 0 && n <= sets) even = n;
+        return kWarps % sets <= kWarps / 8 ? tokens : even * kTokens;
+    }
+
     template <int kN>
     using Loop = Stream<Format, kHeads, kN, Weight, Source, Stored<Logit>>;
 

@@ -226,7 +226,7 @@ struct Rows {
 
     // Lane i's is that of token i of a group.
     __device__ static Window window_of(const Params& p, int first_token, int count, const Lane& lane) {
-        return lane.id < min(count, Group::kSize) ? p.windows.of(first_token + lane.id) : Window{0, 0};
+        return lane.id < count ? p.windows.of(first_token + lane.id) : Window{0, 0};
     }
 
     __device__ static void run_many(const Params& p) {
@@ -238,17 +238,18 @@ struct Rows {
             const int2 begin = p.entry(blockIdx.x, lane), end = p.entry(blockIdx.x + 1, lane);
             const int limit = begin.x == end.x && begin.y >= end.y ? 0 : min(p.windows.rows, end.x + (end.y > 0));
             const int row = max(next / p.windows.next_n, begin.x);
-            if (row < 0 || row >= limit) return;
-            const int first_row = row - row % p.rows_per_group;
-            const int rows = min(p.rows_per_group, p.windows.rows - first_row);
+            const int first_row = row - row % p.rows_per_group, rows = min(p.rows_per_group, p.windows.rows - first_row);
+            // Not the row counts, but the group: of the one in which the slot ends it has a part of the keys of all rows.
+            if (row < 0 || first_row >= limit || row >= p.windows.rows) return;
             const int done = max(next - first_row * p.windows.next_n, 0);
             const int first_token = first_row * p.windows.next_n + done, count = rows * p.windows.next_n - done;
+            const int size = Group::at_once(count);
             if (tile == kNever) {
-                next = first_token + min(count, Group::kSize), tile = 0;
+                next = first_token + size, tile = 0;
                 continue;
             }
-            const Window mine = window_of(p, first_token, count, lane);
-            if (count > Group::kSize || done > 0 || __any_sync(kAllLanes, mine.end > 0)) {
+            const Window mine = window_of(p, first_token, size, lane);
+            if (count > size || done > 0 || __any_sync(kAllLanes, mine.end > 0)) {
                 const int from = boundary(p, begin, first_row, rows, lane), to = boundary(p, end, first_row, rows, lane);
                 tile = Group::score_span(p, first_token, mine, max(tile, from), to, false, lane);
             } else {
