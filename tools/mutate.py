@@ -574,7 +574,7 @@ MUTATIONS = {
         "key > bound || (key == bound && ~position «>= → >» tie)",
         "const Match match = refine(find(room« + 1 → »), room + 1,",
         "if (bit < «32 * kBins → kBins»)",
-        "const int chunks = (row.vectors() + «31 → 0») / 32",
+        "pieces = kGroups == 0 ? 1 : (row.vectors() + «at_once - 1 → 0») / at_once;",
         "if (!fits) gate = «__uint_as_float(kNanWord) → gate»;",
         "__builtin_expect(«match.inside == 0 && want < p.k → false», 0)) {",
         "least = «max → min»(least, gate == gate",

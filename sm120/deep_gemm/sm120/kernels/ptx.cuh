@@ -105,6 +105,11 @@ __device__ inline void count_if_at_least(int& count, float a, float b) {
     asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(count) : "f"(a), "f"(b));
 }
 
+// mask |= a >= b ? bit : 0
+__device__ inline void set_if_at_least(uint32& mask, float a, float b, uint32 bit) {
+    asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}" : "+r"(mask) : "f"(a), "f"(b), "r"(bit));
+}
+
 // if (a >= b) *to++ = {a, word}, in shared memory
 __device__ inline void store_if_at_least(uint32& to, float a, float b, uint32 word) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p st.shared.v2.b32 [%0], {%1, %3};\n\t"

@@ -13,10 +13,10 @@
 // Whole   a block holds its row, or its part of one, in registers, counts all of it, and takes what lies above the bin.
 // Sifted  longer rows go by in pieces, which take turns at chunks of 32 vectors, so that the first one is a sample of the row.
 //         Of that one the maxima of small groups are counted alone: a gate is found that its share of the k largest reach,
-//         and half as many more. What reaches it is listed, of later pieces, too. When the list is full it is counted, and
+//         and a quarter more. What reaches it is listed, of later pieces, too. When the list is full it is counted, and
 //         the gate rises. The k largest are taken from the list. If it has fewer, the sample was none: once more, with a
 //         gate that k groups of the first piece reach.
-// Parts   few rows are shared out among blocks, 32 vectors at a time, so that hot stretches are too. Each part publishes its
+// Parts   few rows are shared out among blocks, 8 vectors at a time, so that hot stretches are too. Each part publishes its
 //         front: as many of the largest as the merge has registers for, and the gate that all of them reach and nothing else.
 // Merge   one block a row, a second launch: no block waits for another one. Only if a part's gate lies above the k-th of
 //         all fronts can keys be missing: then as below.
@@ -515,6 +515,33 @@ struct Block {
         rank(match.inside, k - match.above, match.above);
     }
 
+    // The same in fewer instructions, of which more wait for each other: a lane goes through those of its values that are
+    // chosen, and looks up again the ties among them.
+    template <int kValues, class Position, class Value>
+    __device__ void walk(const float (&values)[kValues], Position position, Value value, int k, Match match) {
+        static_assert(kValues <= 32);
+        const auto reach = [&](float gate) {
+            uint32 mask = 0;
+            #pragma unroll
+            for (int i = 0; i < kValues; ++i) ptx::set_if_at_least(mask, values[i], gate, 1u << i);
+            return mask;
+        };
+        uint32 above = reach(match.high), ties = reach(match.low) & ~above;
+        if (ties != 0) {
+            uint2* at = memory.ties + atomicAdd(&memory.tied, __popc(ties));
+            #pragma unroll 1
+            for (; ties != 0; ties &= ties - 1) {
+                const uint32 where = position(__ffs(ties) - 1);
+                *at++ = {__float_as_uint(value(where)), where};
+            }
+        }
+        const int mine = __popc(above), before = sum_of_lanes(mine) - mine;
+        uint32* at = chosen() + share_out_warps(__reduce_add_sync(kAllLanes, mine)).first + before;
+        #pragma unroll 1
+        for (; above != 0; above &= above - 1) *at++ = position(__ffs(above) - 1);
+        rank(match.inside, k - match.above, match.above);
+    }
+
     // The same of the list.
     __device__ void take(int listed, int k, Match match) {
         int mine = 0;
@@ -762,14 +789,16 @@ struct Block {
 };
 
 // Of a row's parts one each; a lone part ends with the row's choice. Grid: x rows, y parts. kGroups: of a lane, in the first
-// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece.
-template <class Logit, int kThreads, int kVectors, bool kParted, bool kAhead, int kGroups, int kUnit, int kDigit, int kCapacity, int kMost, bool kAscending>
+// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece. kWalked: a lane goes through its
+// chosen keys, instead of all of its keys.
+template <class Logit, int kThreads, int kVectors, bool kParted, bool kAhead, bool kWalked, int kGroups, int kUnit, int kDigit, int kCapacity, int kMost, bool kAscending>
 __device__ inline void choose(const TopkParams& p) {
     using Of = Block<kThreads, kDigit, kCapacity, kMost, kAscending>;
     constexpr int kPerVector = Vector<Logit>::kKeys, kKeys = kVectors * kPerVector;
     __shared__ typename Of::Memory memory;
     Of block(memory);
     using Lies = Row<Logit, kAscending>;
+    constexpr int kChunk = kParted ? 8 : 32;                               // vectors
     constexpr bool kGuess = kGroups == 0 && kThreads > 64 * kVectors;      // not where registers are short, and rows many
     auto begin = [] {
         __syncthreads();
@@ -787,10 +816,11 @@ __device__ inline void choose(const TopkParams& p) {
         const uint32 at_once = kThreads * kVectors * parts;
         pieces = kGroups == 0 ? 1 : (row.vectors() + at_once - 1) / at_once;
         step = kThreads * pieces * parts;
-        first_position = ptx::kept(row.position_of((block.warp * pieces * parts + part) * 32 + block.lane, 0));
+        const int chunk = block.thread / kChunk * pieces * parts + part;
+        first_position = ptx::kept(row.position_of(chunk * kChunk + block.thread % kChunk, 0));
     };
     auto position_of = [&](int piece, int i) {
-        return uint32(first_position + (piece * 32 * parts + i / kPerVector * step) * kPerVector + i % kPerVector);
+        return uint32(first_position + (piece * kChunk * parts + i / kPerVector * step) * kPerVector + i % kPerVector);
     };
     Vector<Logit> vectors[kVectors];
     auto load = [&](int piece) {
@@ -833,12 +863,16 @@ __device__ inline void choose(const TopkParams& p) {
             return;
         }
         const auto match = block.refine(block.find(p.k), p.k, Of::kTies, values);
-        if (__builtin_expect(Of::few(match), 1)) block.take(values, position, p.k, match);
-        else block.template take_slowly<Lies>(p);
+        if (__builtin_expect(Of::few(match), 1)) {
+            if constexpr (kWalked) block.walk(values, position, [&](uint32 at) { return row.value_at(at); }, p.k, match);
+            else block.take(values, position, p.k, match);
+        } else {
+            block.template take_slowly<Lies>(p);
+        }
     } else {
-        const int chunks = (row.vectors() + 31) / 32, most = parts > 1 ? min(p.k, p.front) : p.k;
-        // Of the first piece. A part that asks too little sends its row the slow way, so it has room for a hot chunk.
-        int want = min(most, p.k / uint32(pieces * parts) * 3 / 2 + (kParted ? 176 : 48));
+        const int most = parts > 1 ? min(p.k, p.front) : p.k;
+        // Of the first piece. A part that asks for too few sends its row the slow way, so there is room for a hot chunk.
+        int want = min(most, p.k / uint32(pieces * parts) * 5 / 4 + 32 + (kParted ? kChunk * kPerVector : 0));
         #pragma unroll 1
         for (;;) {
             float gate = lowest();
@@ -850,7 +884,7 @@ __device__ inline void choose(const TopkParams& p) {
                 const bool last = piece + 1 == pieces;
                 if (kAhead && !last) load(piece + 1);
                 auto position = [&](int i) { return position_of(piece, i); };
-                if (piece == 0 && chunks > kCapacity / (32 * kPerVector) * parts) {
+                if (piece == 0 && row.length > kCapacity * parts) {
                     static_assert(kKeys % (kUnit * kGroups) == 0);
                     float maxima[kGroups];
                     #pragma unroll

@@ -55,6 +55,7 @@ class Config:
     ascending  results are in the order of positions
     parted     rows may have several parts
     ahead      a piece is loaded while the one before it is looked at
+    walked     a lane goes through its chosen keys: less work, and more latency, than to look at all of them again
     groups     of a lane's keys in a piece, whose maxima make the first gate; 0: all keys are in registers and counted
     digit      the logarithm of the histogram's bins
     blocks     of an SM, that registers are left for
@@ -68,6 +69,7 @@ class Config:
     vectors: int = 2  # of 16 bytes, of a piece in a lane
     parted: bool = False
     ahead: bool = False
+    walked: bool = False
     groups: int = 0
     digit: int = 11
     blocks: int = 2
@@ -93,15 +95,15 @@ class Config:
     @cached_property
     def fronts(self) -> int:
         """Entries of all fronts of a row: several times k, so that fronts of equal size hardly ever lack one."""
-        return 2048 if self.most == 512 else 4096 if self.most == 1024 else 8192
+        return 2048 if self.most == 512 else 3 * self.most
 
     @cached_property
     def choose(self) -> Kernel:
         tag, logit = _LOGITS[self.dtype]
-        parted, ahead = str(self.parted).lower(), str(self.ahead).lower()
-        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {parted}, {ahead}, {self.groups}, {self.unit}"
+        flags = ", ".join(str(flag).lower() for flag in (self.parted, self.ahead, self.walked))
+        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {flags}, {self.groups}, {self.unit}"
         name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}_g{self.groups}_d{self.digit}_b{self.blocks}"
-        name += "_parted" * self.parted + "_ahead" * self.ahead
+        name += "_parted" * self.parted + "_ahead" * self.ahead + "_walked" * self.walked
         return self._kernel(name, f"{body}, {self.digit}, {self.capacity}", self.threads, self.blocks)
 
     @cached_property
@@ -127,7 +129,7 @@ def configure(
     """The configuration for the `k` largest of each row of logits [rows, columns], and in how many parts a row is split
     at most, so that few rows fill the chip. Chosen by times on an H200, 28 Nov 2026: docs/performance.md."""
     most = next(most for most in (512, 1024, 2048) if k <= most)
-    many = rows > 2 * num_sms
+    many, very_many = rows > 2 * num_sms, rows > 16 * num_sms
 
     def form(threads: int, keys: int, parts: int, blocks: int, sifted: bool = False, digit: int = 11):
         """`keys` of a lane in a piece, or 8 at least in bf16."""
@@ -137,11 +139,15 @@ def configure(
             groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
             digit -= ascending and most == 2048  # there is no memory for more
         # where registers are left, as 32 keys leave none (64 x 64K of k 2,048: 28 instead of 20 us)
-        ahead = sifted and keys < 32 and rows <= num_sms and columns > 16384
+        ahead = sifted and keys < 32 and rows <= num_sms and columns > 16384 and parts == 1
+        busy = keys == 32 or keys == 16 and (threads == 1024 or threads > 64 and rows > num_sms)
+        walked = busy and not sifted and parts == 1
         # small blocks wait beside parts; where these leave no room for them, large ones are faster
         merging = 1024 if most > 512 and parts > 1 and rows * parts > num_sms else 512
-        config = _config(dtype, most, ascending, threads, vectors, parts > 1, ahead, groups, digit, blocks, merging)
-        return config, parts
+        parted = parts > 1
+        return _config(
+            dtype, most, ascending, threads, vectors, parted, ahead, walked, groups, digit, blocks, merging
+        ), parts
 
     def pieces(keys: int) -> int:
         """Of a row, for 512 lanes of so many keys each."""
@@ -149,38 +155,39 @@ def configure(
 
     # in registers: a block a row
     if columns <= 1024:
-        if rows > 16 * num_sms:
+        if very_many:
             return form(64, 16, 1, 16, digit=8)
         return form(128, 8, 1, 12, digit=9) if many else form(256, 4, 1, 4, digit=9)
     if columns <= 2048:
         return form(512, 4, 1, 3) if rows <= num_sms else form(256, 8, 1, 4, digit=10)
     if columns <= 4096:
+        if very_many:
+            return form(128, 32, 1, 8, digit=10)
         return form(256, 16, 1, 5, digit=10) if many else form(512, 8, 1, 2, digit=10 if most == 2048 else 11)
     if columns <= 8192:
         return form(512, 16, 1, 2)
-    few = rows * columns <= 1024 * num_sms
-    if columns <= 16384 and rows <= num_sms and (most > 512 or not few):
+    if columns <= 16384 and rows <= num_sms and (most > 512 or rows * columns > 1024 * num_sms):
         return form(1024, 16, 1, 1, digit=12)
-    if most == 2048 and columns <= 16384:
+    if columns <= 16384 and rows > num_sms and (most > 512 or not many):
         return form(512, 32, 1, 2, digit=12)
-    if most == 2048 and columns <= 32768 and num_sms // 8 < rows <= num_sms:
+    if columns <= 32768 and num_sms // 8 < rows <= num_sms:
         return form(1024, 32, 1, 1, digit=12)
-    # in the registers of several blocks, one of them on an SM
-    if few or columns > 16384:
-        slots = num_sms if most < 2048 or 16 * rows <= num_sms else 2 * num_sms
-        for keys in (4, 8, 16):
-            if pieces(keys) <= _MOST_PARTS and rows * pieces(keys) <= slots:
-                return form(512, keys, pieces(keys), 2)
-    # sifted
-    if many and columns <= 16384:
-        return form(256, 16, 1, 6, True, digit=10) if most == 512 else form(256, 32, 1, 3, True)
+    # in the registers of several blocks, one of them on an SM: then those of the merge wait beside them
+    slots = num_sms if most < 2048 or 16 * rows <= num_sms else 2 * num_sms
+    for keys in (4, 8, 16):
+        if pieces(keys) <= _MOST_PARTS and rows * pieces(keys) <= slots:
+            return form(512, keys, pieces(keys), 2)
+    # sifted: by small blocks; by large ones; in parts, two of them on an SM
+    if very_many and columns <= 16384:
+        return form(256, 16, 1, 6, True, digit=10)
     if many:
         return form(256, 32, 1, 3, True, digit=11 if most == 512 else 10)
     if rows > num_sms:
         return form(512, 16 if columns <= 65536 else 32, 1, 2, True)
-    if 2 * rows > num_sms or 4 * rows > num_sms and columns <= (65536 if most < 2048 else 32768):
+    if 2 * rows > num_sms or 4 * rows > num_sms and columns <= 65536 and most < 2048:
         return form(1024, 16, 1, 1, True)
-    return form(512, 32, min(pieces(32), _MOST_PARTS, 2 * num_sms // rows), 2, True)
+    keys = 16 if 8 * rows <= num_sms and columns > 131072 else 32
+    return form(512, keys, min(pieces(keys), _MOST_PARTS, 2 * num_sms // rows), 2, True)
 
 
 def workspace_bytes(config: Config, rows: int, parts: int) -> int:
