@@ -240,7 +240,7 @@ struct Rows {
             const int row = max(next / p.windows.next_n, begin.x);
             const int first_row = row - row % p.rows_per_group, rows = min(p.rows_per_group, p.windows.rows - first_row);
             // Not the row counts, but the group: of the one in which the slot ends it has a part of the keys of all rows.
-            if (row < 0 || first_row >= limit || row >= p.windows.rows) return;
+            if (first_row >= limit || row >= p.windows.rows) return;
             const int done = max(next - first_row * p.windows.next_n, 0);
             const int first_token = first_row * p.windows.next_n + done, count = rows * p.windows.next_n - done;
             const int size = Group::at_once(count);
