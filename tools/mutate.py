@@ -573,7 +573,7 @@ MUTATIONS = {
         "key > bound || (key == bound && ~position «>= → >» tie)",
         "const Match match = refine(find(room« + 1 → »), room + 1,",
         "if (bit < «32 * kBins → kBins»)",
-        "pieces = kGroups == 0 ? 1 : (row.vectors() + «at_once - 1 → 0») / at_once;",
+        "const int chunk = block.thread / kChunk * pieces * parts« + part → »;",
         "if (!fits) gate = «__uint_as_float(kNanWord) → gate»;",
         "__builtin_expect(«match.inside == 0 && want < p.k → false», 0)) {",
         "least = «max → min»(least, gate == gate",

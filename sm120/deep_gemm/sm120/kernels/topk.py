@@ -155,9 +155,9 @@ def configure(
 
     # in registers: a block a row
     if columns <= 1024:
-        if very_many:
+        if very_many and most == 512:
             return form(64, 16, 1, 16, digit=8)
-        return form(128, 8, 1, 12, digit=9) if many else form(256, 4, 1, 4, digit=9)
+        return form(128, 8, 1, 12, digit=9) if many and most == 512 else form(256, 4, 1, 4, digit=9)
     if columns <= 2048:
         return form(512, 4, 1, 3) if rows <= num_sms else form(256, 8, 1, 4, digit=10)
     if columns <= 4096:
