@@ -140,6 +140,21 @@ def test_other_cards_have_the_plain_mma_alone() -> None:
     assert probes.mma_kinds("sm_90a") == probes.mma_kinds("sm_89") == ["fp8_plain"]
 
 
+@pytest.mark.parametrize("threads, blocks", [(128, 3), (512, 9)])
+def test_rows_are_read_once_and_answered(threads: int, blocks: int) -> None:
+    scores = torch.randint(-(2**31), 2**31 - 1, (5, 4160), dtype=torch.int32)
+    results = torch.empty((5, 700), dtype=torch.int32)
+    with recording() as launches:
+        probes.run_rows(threads, blocks, scores, results)
+    done = sum(launches, Counters())
+    assert done.bytes_read.total() == scores.nbytes and done.bytes_written.total() == results.nbytes
+    lanes = torch.zeros((5, threads), dtype=torch.int32)  # a word is the exclusive or of all that its lane has read
+    for vector, words in enumerate(scores.view(5, -1, 4).unbind(1)):
+        for word in words.unbind(1):
+            lanes[:, vector % threads] ^= word
+    assert torch.equal(results, lanes.repeat(1, 6)[:, :700])
+
+
 def test_reader_reads_every_byte_once() -> None:
     reader = probes.Reader(1, CPU, blocks=1)
     assert reader.bytes == reader.buffer.nbytes == 1024 * 16 * 8
@@ -424,6 +439,7 @@ def test_topk_tables(tmp_path, capsys) -> None:
             case(4096, 65536, ours=800.0, v1=700.0), case(4, 4096, 1024, ["SGLang v1"], ours=4.0, torch=9.0),
         ],
     }  # fmt: skip
+    report["cases"][2]["limit_us"] = 640.0
     (tmp_path / "topk.json").write_text(json.dumps(report))
     assert topk.main(["--show", str(tmp_path / "topk.json")]) == 0
     text = capsys.readouterr().out
@@ -433,6 +449,10 @@ def test_topk_tables(tmp_path, capsys) -> None:
     assert "ahead of every peer | 3 of 4 | 0.88 of it: 4,096 x 64K, k 512" in text
     assert "| 1 of 2 | 0.86 of it: 1 x 64K, k 512 |" in text  # 7 us above an empty kernel where 6 were asked for
     assert "SGLang v1 at 16K, 64K, 256K | 0 of 1 | 0.75 of it" in text
+    assert "| 4,096 x 64K | 512 | 671.1 | 640.0 | 800.0 | 1.25 | not met |" in text  # 1.07 GB at 80% of 2 TB/s
+    for limit, ours, verdict in ((672.0, 800.0, "out of reach"), (640.0, 671.0, "met")):
+        report["cases"][2].update(limit_us=limit, us={"ours": ours})
+        assert topk.tables(report).count(f"| {verdict} |\n") == 1
     assert "80% of a read's bandwidth | 0 of 1 | 0.84 of it" in text  # 1.34 TB/s of 1.6
 
 

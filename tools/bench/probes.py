@@ -1,4 +1,4 @@
-"""Kernels of the benchmark's own, for what the card can do: reads, and MMAs."""
+"""Kernels of the benchmark's own, for what the card can do: reads, reads of rows that are answered, and MMAs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ class ProbeParams(ctypes.Structure):
     _fields_ = [("input", ctypes.c_void_p), ("output", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
+class RowsParams(ctypes.Structure):
+    _fields_ = [
+        ("input", ctypes.c_void_p), ("output", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("rows", "vectors", "results")),
+    ]  # fmt: skip
+
+
 class Probe(Kernel):
     """A kernel of this file's own, compiled and launched like the package's."""
 
     @property
     def source(self) -> str:
+        struct = self.parameters.__name__
         return (
             '#include "ptx.cuh"\nstruct ProbeParams { const uint8* input; uint32* output; int64 count; };\n'
-            f'static_assert(sizeof(ProbeParams) == {ctypes.sizeof(self.parameters)}, "as in the launcher");\n'
+            "struct RowsParams { const uint8* input; uint32* output; int rows, vectors, results; };\n"
+            f'static_assert(sizeof({struct}) == {ctypes.sizeof(self.parameters)}, "as in the launcher");\n'
             f'extern "C" __global__ __launch_bounds__({self.threads}, 1)\n'
-            f"void {self.name}(const __grid_constant__ ProbeParams p) {{\n"
-            "    const int64 id = int64(blockIdx.x) * blockDim.x + threadIdx.x;\n"
+            f"void {self.name}(const __grid_constant__ {struct} p) {{\n"
+            "    [[maybe_unused]] const int64 id = int64(blockIdx.x) * blockDim.x + threadIdx.x;\n"
             f"{self.body}\n}}\n"
         )
 
@@ -50,6 +59,31 @@ READ = Probe(
     1024,
     ProbeParams,
 )
+
+
+@functools.cache
+def read_rows(threads: int) -> Probe:
+    """What a choice of each row cannot leave out: a block reads a row and stores as many words as are chosen of it; a
+    small grid goes from row to row."""
+    body = f"""
+    ptx::griddepcontrol();
+    for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {{
+        const uint8* begin = p.input + int64(row) * p.vectors * 16;
+        uint32 all = 0;
+        for (int first = threadIdx.x; first < p.vectors; first += {_READS * threads}) {{
+            uint32 words[{_READS}][4] = {{}};
+            #pragma unroll
+            for (int i = 0; i < {_READS}; ++i) {{
+                const int at = first + i * {threads};
+                ptx::load_if(words[i], begin + int64(at) * 16, at < p.vectors);
+            }}
+            #pragma unroll
+            for (int i = 0; i < {_READS}; ++i) all ^= words[i][0] ^ words[i][1] ^ words[i][2] ^ words[i][3];
+        }}
+        for (int i = threadIdx.x; i < p.results; i += {threads}) p.output[int64(row) * p.results + i] = all;
+    }}"""
+    return Probe(f"read_rows_{threads}", "ptx.cuh", body, threads, RowsParams)
+
 
 _CHAINS = 8  # independent sums of a warp
 _MMA = {  # name: (instruction, k)
@@ -101,6 +135,14 @@ def mma_kinds(arch: str) -> list[str]:
 def run_probe(kernel: Probe, blocks: int, source: torch.Tensor, sink: torch.Tensor, count: int) -> None:
     parameters = ProbeParams(source.data_ptr(), sink.data_ptr(), count)
     launch(kernel, sink.device, (blocks, 1), parameters, {"input": source}, {"output": sink})
+
+
+def run_rows(threads: int, blocks: int, source: torch.Tensor, sink: torch.Tensor) -> None:
+    """`source` [rows, columns], any 4 bytes each and contiguous; `sink` int32 [rows, results]."""
+    (rows, columns), results = source.shape, sink.shape[1]
+    parameters = RowsParams(source.data_ptr(), sink.data_ptr(), rows, columns * source.element_size() // 16, results)
+    kernel = read_rows(threads)
+    launch(kernel, sink.device, (min(blocks, rows), 1), parameters, {"input": source}, {"output": sink})
 
 
 class Reader:

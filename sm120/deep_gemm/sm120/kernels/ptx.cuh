@@ -86,6 +86,12 @@ __device__ inline uint32 load_anew(const void* address) {
     return word;
 }
 
+// The same under a predicate: without it the word stays.
+__device__ inline void load_anew_if(uint32& word, const void* address, bool there) {
+    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %2, 0;\n\t@there ld.relaxed.gpu.global.b32 %0, [%1];\n\t}"
+                 : "+r"(word) : "l"(address), "r"(int(there)) : "memory");
+}
+
 __device__ inline uint32 load_half(const void* address) {
     uint16 half;
     asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(address));
@@ -97,6 +103,11 @@ __device__ inline uint32 load_half(const void* address) {
 // count += a >= b
 __device__ inline void count_if_at_least(int& count, float a, float b) {
     asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(count) : "f"(a), "f"(b));
+}
+
+// mask |= a >= b ? bit : 0
+__device__ inline void set_if_at_least(uint32& mask, float a, float b, uint32 bit) {
+    asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}" : "+r"(mask) : "f"(a), "f"(b), "r"(bit));
 }
 
 // if (a >= b) *to++ = {a, word}, in shared memory

@@ -11,10 +11,12 @@
 // keys, which are ranked by comparing them with each other.
 //
 // Whole   a block holds its row, or its part of one, in registers, counts all of it, and takes what lies above the bin.
-// Sifted  longer rows go by in pieces. Of the first one the maxima of small groups are counted alone: k groups, and so k keys
-//         or more, reach the gate found so, and few others do. They are listed, as are those of later pieces that reach it.
-//         When the list is full it is counted, and the gate rises. The k largest are taken from the list.
-// Parts   few rows are shared out among blocks, 32 vectors at a time, so that hot stretches are too. Each part publishes its
+// Sifted  longer rows go by in pieces, which take turns at chunks of 32 vectors, so that the first one is a sample of the row.
+//         Of that one the maxima of small groups are counted alone: a gate is found that its share of the k largest reach,
+//         and a quarter more. What reaches it is listed, of later pieces, too. When the list is full it is counted, and
+//         the gate rises. The k largest are taken from the list. If it has fewer, the sample was none: once more, with a
+//         gate that k groups of the first piece reach.
+// Parts   few rows are shared out among blocks, 8 vectors at a time, so that hot stretches are too. Each part publishes its
 //         front: as many of the largest as the merge has registers for, and the gate that all of them reach and nothing else.
 // Merge   one block a row, a second launch: no block waits for another one. Only if a part's gate lies above the k-th of
 //         all fronts can keys be missing: then as below.
@@ -123,36 +125,51 @@ struct Row {
 
     const TopkParams& p;
     int row, length;
-    const uint8* begin;      // aligned to a vector:
-    int skew;                // keys there that are before the row's first one
+    const uint8* begin;      // its first key
+    int skew;                // keys before that one in its vector
     uint32 base = 0;         // kUnits: the block that is the row's first one
 
-    // Which keys a row has.
-    struct Bounds {
-        int first, length;
-        __device__ bool operator==(Bounds other) const { return first == other.first && length == other.length; }
+    // What a row's bounds are made of; and where that stands. A row may have no start.
+    struct Words {
+        int end, start;
+        __device__ bool operator==(Words other) const { return end == other.end && start == other.start; }
     };
+    struct Sources { const int* end; const int* start; };
 
-    // kAnew: as they stand in memory now, whatever has been read before.
-    template <bool kAnew = false>
-    __device__ static Bounds bounds(const TopkParams& p) {
-        auto load = [](const int* address) { return int(kAnew ? ptx::load_anew(address) : ptx::load_word(address)); };
-        const int row = blockIdx.x;
-        if (p.ends_are_lengths) {
-            const int length = load(p.windows.ends + row);
-            return {p.windows.starts ? max(load(p.windows.starts + row), 0) : 0, max(0, min(length, p.windows.limit))};
-        }
-        const Window window = p.windows.of(row, load);
-        return {window.begin, window.end - window.begin};
+    __device__ static Sources sources(const TopkParams& p) {
+        const Windows& of = p.windows;
+        const int row = blockIdx.x, own = p.ends_are_lengths || of.lengths_per_row == of.next_n;
+        return {of.ends + (own ? row : row / of.next_n), of.starts ? of.starts + row : nullptr};
     }
 
-    __device__ explicit Row(const TopkParams& p) : Row(p, bounds(p)) {}
+    __device__ static Words read(Sources from) {
+        return {int(ptx::load_word(from.end)), from.start ? int(ptx::load_word(from.start)) : 0};
+    }
 
-    __device__ Row(const TopkParams& p, Bounds bounds) : p(p), row(blockIdx.x) { place(bounds); }
+    // As they stand in memory now, whatever has been read before. No branch waits for them.
+    __device__ static Words read_anew(Sources from) {
+        uint32 start = 0;
+        ptx::load_anew_if(start, from.start, from.start != nullptr);
+        return {int(ptx::load_anew(from.end)), int(start)};
+    }
 
-    __device__ void place(Bounds bounds) {
-        int first = bounds.first;
-        length = bounds.length;
+    __device__ explicit Row(const TopkParams& p) : Row(p, read(sources(p))) {}
+
+    __device__ Row(const TopkParams& p, Words words) : p(p), row(blockIdx.x) { place(words); }
+
+    __device__ void place(Words words) {
+        int first = max(words.start, 0);
+        if (p.ends_are_lengths) {
+            length = max(0, min(words.end, p.windows.limit));
+        } else {
+            bool end = true;                             // which of them is asked for first
+            const Window window = p.windows.of(row, [&](const int*) {
+                const int word = end ? words.end : words.start;
+                end = false;
+                return word;
+            });
+            first = window.begin, length = window.end - window.begin;
+        }
         if (kUnits && p.unit > 0) {                                      // those blocks in which the row has keys
             const uint32 unit = p.unit, end = first + min(length, 0x7fffffff - first);
             base = first / unit;
@@ -162,7 +179,6 @@ struct Row {
         length = min(length, p.columns - first);
         begin = p.logits + (row * p.logits_stride + first) * int64(sizeof(Logit));
         skew = reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(Logit);
-        begin -= skew * sizeof(Logit);
     }
 
     // A part has `share` keys at least, where there are several.
@@ -171,9 +187,9 @@ struct Row {
     __device__ int vectors() const { return (skew + length + kKeys - 1) / kKeys; }
     __device__ uint32 position_of(int vector, int i) const { return vector * kKeys + i - skew; }
 
-    // A vector's keys, whose first one has the position `first`; NaN where the row has none.
-    __device__ void load(Vec& to, int vector, int first) const {
-        const uint8* address = begin + vector * int64(16);
+    // The keys of the vector whose first one has the position `first`; NaN where the row has none.
+    __device__ void load(Vec& to, int first) const {
+        const uint8* address = begin + first * int64(sizeof(Logit));
         #pragma unroll
         for (int i = 0; i < 4; ++i) to.words[i] = kNanWord;
         const bool whole = first >= 0 && first <= length - kKeys;
@@ -267,7 +283,7 @@ struct Row {
 
     // Looked up again where it is asked for.
     __device__ float value_at(uint32 position) const {
-        const uint8* logit = begin + (skew + int64(position)) * sizeof(Logit);
+        const uint8* logit = begin + int64(position) * sizeof(Logit);
         if constexpr (kKeys == 4) return __uint_as_float(ptx::load_word(logit)) + 0.0f;
         else return __uint_as_float(ptx::load_half(logit) << 16) + 0.0f;
     }
@@ -499,6 +515,33 @@ struct Block {
         rank(match.inside, k - match.above, match.above);
     }
 
+    // The same in fewer instructions, of which more wait for each other: a lane goes through those of its values that are
+    // chosen, and looks up again the ties among them.
+    template <int kValues, class Position, class Value>
+    __device__ void walk(const float (&values)[kValues], Position position, Value value, int k, Match match) {
+        static_assert(kValues <= 32);
+        const auto reach = [&](float gate) {
+            uint32 mask = 0;
+            #pragma unroll
+            for (int i = 0; i < kValues; ++i) ptx::set_if_at_least(mask, values[i], gate, 1u << i);
+            return mask;
+        };
+        uint32 above = reach(match.high), ties = reach(match.low) & ~above;
+        if (ties != 0) {
+            uint2* at = memory.ties + atomicAdd(&memory.tied, __popc(ties));
+            #pragma unroll 1
+            for (; ties != 0; ties &= ties - 1) {
+                const uint32 where = position(__ffs(ties) - 1);
+                *at++ = {__float_as_uint(value(where)), where};
+            }
+        }
+        const int mine = __popc(above), before = sum_of_lanes(mine) - mine;
+        uint32* at = chosen() + share_out_warps(__reduce_add_sync(kAllLanes, mine)).first + before;
+        #pragma unroll 1
+        for (; above != 0; above &= above - 1) *at++ = position(__ffs(above) - 1);
+        rank(match.inside, k - match.above, match.above);
+    }
+
     // The same of the list.
     __device__ void take(int listed, int k, Match match) {
         int mine = 0;
@@ -590,7 +633,7 @@ struct Block {
         #pragma unroll 1
         for (int first = 0; first < vectors; first += kThreads) {
             typename Row::Vec vector;
-            row.load(vector, first + thread, row.position_of(first + thread, 0));
+            row.load(vector, row.position_of(first + thread, 0));
             visit(vector, first + thread);
         }
     }
@@ -746,14 +789,16 @@ struct Block {
 };
 
 // Of a row's parts one each; a lone part ends with the row's choice. Grid: x rows, y parts. kGroups: of a lane, in the first
-// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece.
-template <class Logit, int kThreads, int kVectors, bool kParted, bool kAhead, int kGroups, int kUnit, int kDigit, int kCapacity, int kMost, bool kAscending>
+// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece. kWalked: a lane goes through its
+// chosen keys, instead of all of its keys.
+template <class Logit, int kThreads, int kVectors, bool kParted, bool kAhead, bool kWalked, int kGroups, int kUnit, int kDigit, int kCapacity, int kMost, bool kAscending>
 __device__ inline void choose(const TopkParams& p) {
     using Of = Block<kThreads, kDigit, kCapacity, kMost, kAscending>;
-    constexpr int kPerVector = Vector<Logit>::kKeys, kKeys = kVectors * kPerVector, kPiece = kVectors * Of::kWarps;
+    constexpr int kPerVector = Vector<Logit>::kKeys, kKeys = kVectors * kPerVector;
     __shared__ typename Of::Memory memory;
     Of block(memory);
     using Lies = Row<Logit, kAscending>;
+    constexpr int kChunk = kParted ? 8 : 32;                               // vectors
     constexpr bool kGuess = kGroups == 0 && kThreads > 64 * kVectors;      // not where registers are short, and rows many
     auto begin = [] {
         __syncthreads();
@@ -761,33 +806,36 @@ __device__ inline void choose(const TopkParams& p) {
     };
     fetch_parameters(p);
     if (!kGuess) begin();
-    auto bounds = Lies::template bounds<kGuess>(p);
-    Lies row(p, bounds);
-    int parts, first_vector, step, first_position;
+    const auto sources = Lies::sources(p);
+    auto words = kGuess ? Lies::read_anew(sources) : Lies::read(sources);
+    Lies row(p, words);
+    int parts, pieces, step, first_position;
     const int part = kParted ? blockIdx.y : 0;
     auto share = [&] {
         parts = kParted ? row.parts(kThreads * kKeys) : 1;
-        first_vector = (block.warp * parts + part) * 32 + block.lane, step = kThreads * parts;
-        first_position = ptx::kept(row.position_of(first_vector, 0));
+        const uint32 at_once = kThreads * kVectors * parts;
+        pieces = kGroups == 0 ? 1 : (row.vectors() + at_once - 1) / at_once;
+        step = kThreads * pieces * parts;
+        const int chunk = block.thread / kChunk * pieces * parts + part;
+        first_position = ptx::kept(row.position_of(chunk * kChunk + block.thread % kChunk, 0));
     };
-    auto vector_of = [&](int piece, int i) { return (piece * kVectors + i) * step + first_vector; };
     auto position_of = [&](int piece, int i) {
-        return uint32(first_position + (piece * kVectors + i / kPerVector) * step * kPerVector + i % kPerVector);
+        return uint32(first_position + (piece * kChunk * parts + i / kPerVector * step) * kPerVector + i % kPerVector);
     };
     Vector<Logit> vectors[kVectors];
     auto load = [&](int piece) {
         #pragma unroll
-        for (int i = 0; i < kVectors; ++i) row.load(vectors[i], vector_of(piece, i), int(position_of(piece, i * kPerVector)));
+        for (int i = 0; i < kVectors; ++i) row.load(vectors[i], int(position_of(piece, i * kPerVector)));
     };
     share();
     if (kGuess) begin();
 
     #pragma unroll 1
     for (;;) {                                        // once more if the guess was wrong
-        const auto found = kGuess ? Lies::template bounds<true>(p) : bounds;
+        const auto found = kGuess ? Lies::read_anew(sources) : words;
         if (part < parts && row.length > p.k) load(0);
-        if (__builtin_expect(found == bounds, 1)) break;
-        row.place(bounds = found);
+        if (__builtin_expect(found == words, 1)) break;
+        row.place(words = found);
         share();
     }
     if (part >= parts) return;
@@ -815,49 +863,67 @@ __device__ inline void choose(const TopkParams& p) {
             return;
         }
         const auto match = block.refine(block.find(p.k), p.k, Of::kTies, values);
-        if (__builtin_expect(Of::few(match), 1)) block.take(values, position, p.k, match);
-        else block.template take_slowly<Lies>(p);
+        if (__builtin_expect(Of::few(match), 1)) {
+            if constexpr (kWalked) block.walk(values, position, [&](uint32 at) { return row.value_at(at); }, p.k, match);
+            else block.take(values, position, p.k, match);
+        } else {
+            block.template take_slowly<Lies>(p);
+        }
     } else {
-        const int chunks = (row.vectors() + 31) / 32, want = parts > 1 ? min(p.k, p.front) : p.k;
-        float gate = lowest();
-        int listed = 0;
-        bool fits;
+        const int most = parts > 1 ? min(p.k, p.front) : p.k;
+        // Of the first piece. A part that asks for too few sends its row the slow way, so there is room for a hot chunk.
+        int want = min(most, p.k / uint32(pieces * parts) * 5 / 4 + 32 + (kParted ? kChunk * kPerVector : 0));
         #pragma unroll 1
-        for (int piece = 0;; ++piece) {
-            convert();
-            const bool last = (piece + 1) * kPiece * parts + part >= chunks;
-            if (kAhead && !last) load(piece + 1);
-            auto position = [&](int i) { return position_of(piece, i); };
-            if (piece == 0 && chunks > kCapacity / (32 * kPerVector) * parts) {
-                static_assert(kKeys % (kUnit * kGroups) == 0);
-                float maxima[kGroups];
-                #pragma unroll
-                for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
-                #pragma unroll
-                for (int i = 0; i < kKeys; ++i) maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
-                block.count(maxima);
-                const auto match = block.find(want);
-                if (match.inside > 0) gate = match.low;
-            }
-            fits = block.append(values, position, gate, listed);
-            if (__builtin_expect(!fits, 0)) {
-                block.narrow(values, want, listed, gate);
+        for (;;) {
+            float gate = lowest();
+            int listed = 0;
+            bool fits;
+            #pragma unroll 1
+            for (int piece = 0;; ++piece) {
+                convert();
+                const bool last = piece + 1 == pieces;
+                if (kAhead && !last) load(piece + 1);
+                auto position = [&](int i) { return position_of(piece, i); };
+                if (piece == 0 && row.length > kCapacity * parts) {
+                    static_assert(kKeys % (kUnit * kGroups) == 0);
+                    float maxima[kGroups];
+                    #pragma unroll
+                    for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
+                    #pragma unroll
+                    for (int i = 0; i < kKeys; ++i) {
+                        maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
+                    }
+                    block.count(maxima);
+                    const auto match = block.find(want);
+                    if (match.inside > 0) gate = match.low;
+                }
                 fits = block.append(values, position, gate, listed);
+                if (__builtin_expect(!fits, 0)) {
+                    block.narrow(values, most, listed, gate);
+                    fits = block.append(values, position, gate, listed);
+                }
+                if (last || !fits) break;
+                if (!kAhead) load(piece + 1);
             }
-            if (last || !fits) break;
-            if (!kAhead) load(piece + 1);
+            block.count_list(listed, lowest());
+            if (parts > 1) {
+                gate = block.gate_of(p.front, gate, listed);
+                if (!fits) gate = __uint_as_float(kNanWord);
+                block.publish(listed, gate, front, p.front);
+                if (threadIdx.x == 0) p.gates[region] = gate;
+                return;
+            }
+            auto match = block.find(p.k);
+            if (!kParted && __builtin_expect(match.inside == 0 && want < p.k, 0)) {
+                want = p.k;
+                load(0);
+                continue;
+            }
+            match = block.refine(match, p.k, Of::kTies, listed);
+            if (__builtin_expect(fits && Of::few(match), 1)) block.take(listed, p.k, match);
+            else block.template take_slowly<Lies>(p);
+            break;
         }
-        block.count_list(listed, lowest());
-        if (parts > 1) {
-            gate = block.gate_of(p.front, gate, listed);
-            if (!fits) gate = __uint_as_float(kNanWord);
-            block.publish(listed, gate, front, p.front);
-            if (threadIdx.x == 0) p.gates[region] = gate;
-            return;
-        }
-        const auto match = block.refine(block.find(p.k), p.k, Of::kTies, listed);
-        if (__builtin_expect(fits && Of::few(match), 1)) block.take(listed, p.k, match);
-        else block.template take_slowly<Lies>(p);
     }
     block.put(row);
 }

@@ -11,7 +11,6 @@ from ..jit import Kernel, launch
 from .windows import Windows
 
 _MOST_PARTS = 64
-_MERGE_THREADS = 512
 
 
 class TopkParams(ctypes.Structure):
@@ -56,8 +55,11 @@ class Config:
     ascending  results are in the order of positions
     parted     rows may have several parts
     ahead      a piece is loaded while the one before it is looked at
+    walked     a lane goes through its chosen keys: less work, and more latency, than to look at all of them again
     groups     of a lane's keys in a piece, whose maxima make the first gate; 0: all keys are in registers and counted
     digit      the logarithm of the histogram's bins
+    blocks     of an SM, that registers are left for
+    merging    threads that merge a row's parts
     """
 
     dtype: torch.dtype
@@ -67,9 +69,11 @@ class Config:
     vectors: int = 2  # of 16 bytes, of a piece in a lane
     parted: bool = False
     ahead: bool = False
+    walked: bool = False
     groups: int = 0
     digit: int = 11
-    blocks: int = 2  # of an SM
+    blocks: int = 2
+    merging: int = 512
 
     @cached_property
     def share(self) -> int:
@@ -79,34 +83,35 @@ class Config:
     @cached_property
     def unit(self) -> int:
         """Neighbouring keys that are of one group: so few that a row with fewer groups than k fits the list."""
-        return 4 if self.most < 2048 else 2
+        return 4 if self.most == 512 else 2
 
     @cached_property
     def capacity(self) -> int:
-        """Entries of the list."""
-        return (
-            max(2048, 2 * self.most, self.unit * self.most) if self.groups else self.most // 2 if self.ascending else 1
-        )
+        """Entries of the list: half again as many as k, and some of each piece."""
+        if not self.groups:
+            return self.most // 2 if self.ascending else 1
+        return 2048 if self.most == 512 else 3072 if self.most == 1024 else 4096
 
     @cached_property
     def fronts(self) -> int:
         """Entries of all fronts of a row: several times k, so that fronts of equal size hardly ever lack one."""
-        return 2048 if self.most == 512 else 4096 if self.most == 1024 else 8192
+        return 2048 if self.most == 512 else 3 * self.most
 
     @cached_property
     def choose(self) -> Kernel:
         tag, logit = _LOGITS[self.dtype]
-        parted, ahead = str(self.parted).lower(), str(self.ahead).lower()
-        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {parted}, {ahead}, {self.groups}, {self.unit}"
-        name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}_g{self.groups}_d{self.digit}"
-        name += "_parted" * self.parted + "_ahead" * self.ahead
+        flags = ", ".join(str(flag).lower() for flag in (self.parted, self.ahead, self.walked))
+        body = f"    choose<{logit}, {self.threads}, {self.vectors}, {flags}, {self.groups}, {self.unit}"
+        name = f"topk_{tag}_k{self.most}_t{self.threads}x{self.vectors}_g{self.groups}_d{self.digit}_b{self.blocks}"
+        name += "_parted" * self.parted + "_ahead" * self.ahead + "_walked" * self.walked
         return self._kernel(name, f"{body}, {self.digit}, {self.capacity}", self.threads, self.blocks)
 
     @cached_property
     def merge(self) -> Kernel:
         tag, logit = _LOGITS[self.dtype]
-        body = f"    merge<{logit}, {_MERGE_THREADS}, {self.fronts}, {self.share}, 11"
-        return self._kernel(f"topk_merge_{tag}_k{self.most}_s{self.share}", body, _MERGE_THREADS, follows=True)
+        body = f"    merge<{logit}, {self.merging}, {self.fronts}, {self.share}, 11"
+        name = f"topk_merge_{tag}_k{self.most}_t{self.merging}_s{self.share}"
+        return self._kernel(name, body, self.merging, follows=True)
 
     def _kernel(self, name: str, body: str, threads: int, blocks: int = 1, follows: bool = False) -> Kernel:
         ascending = ("_ascending", "true") if self.ascending else ("", "false")
@@ -122,9 +127,9 @@ def configure(
     dtype: torch.dtype, k: int, rows: int, columns: int, num_sms: int, ascending: bool = False
 ) -> tuple[Config, int]:
     """The configuration for the `k` largest of each row of logits [rows, columns], and in how many parts a row is split
-    at most, so that few rows fill the chip. Chosen by times on an H100, 28 Nov 2026: docs/performance.md."""
+    at most, so that few rows fill the chip. Chosen by times on an H200, 28 Nov 2026: docs/performance.md."""
     most = next(most for most in (512, 1024, 2048) if k <= most)
-    many = rows > 2 * num_sms
+    many, very_many = rows > 2 * num_sms, rows > 16 * num_sms
 
     def form(threads: int, keys: int, parts: int, blocks: int, sifted: bool = False, digit: int = 11):
         """`keys` of a lane in a piece, or 8 at least in bf16."""
@@ -134,41 +139,55 @@ def configure(
             groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
             digit -= ascending and most == 2048  # there is no memory for more
         # where registers are left, as 32 keys leave none (64 x 64K of k 2,048: 28 instead of 20 us)
-        ahead = sifted and keys < 32 and rows <= num_sms and columns > 16384
-        return _config(dtype, most, ascending, threads, vectors, parts > 1, ahead, groups, digit, blocks), parts
+        ahead = sifted and keys < 32 and rows <= num_sms and columns > 16384 and parts == 1
+        busy = keys == 32 or keys == 16 and (threads == 1024 or threads > 64 and rows > num_sms)
+        walked = busy and not sifted and parts == 1
+        # small blocks wait beside parts; where these leave no room for them, large ones are faster
+        merging = 1024 if most > 512 and parts > 1 and rows * parts > num_sms else 512
+        parted = parts > 1
+        return _config(
+            dtype, most, ascending, threads, vectors, parted, ahead, walked, groups, digit, blocks, merging
+        ), parts
+
+    def pieces(keys: int) -> int:
+        """Of a row, for 512 lanes of so many keys each."""
+        return -(-columns // (512 * max(keys, 16 // dtype.itemsize)))
 
     # in registers: a block a row
     if columns <= 1024:
+        if very_many:
+            return form(64, 16, 1, 16, digit=8)
         return form(128, 8, 1, 12, digit=9) if many else form(256, 4, 1, 4, digit=9)
     if columns <= 2048:
         return form(512, 4, 1, 3) if rows <= num_sms else form(256, 8, 1, 4, digit=10)
     if columns <= 4096:
-        return form(256, 16, 1, 5) if many else form(512, 8, 1, 2, digit=10 if most == 2048 else 11)
+        if very_many:
+            return form(128, 32, 1, 8, digit=10)
+        return form(256, 16, 1, 5, digit=10) if many else form(512, 8, 1, 2, digit=10 if most == 2048 else 11)
     if columns <= 8192:
         return form(512, 16, 1, 2)
-    few = rows * columns <= 2048 * num_sms
-    if columns <= 16384 and rows <= num_sms and (most > 512 or not few):
+    if columns <= 16384 and rows <= num_sms and (most > 512 or rows * columns > 1024 * num_sms):
         return form(1024, 16, 1, 1, digit=12)
-    if most == 2048 and columns <= 16384:
+    if columns <= 16384 and rows > num_sms and (most > 512 or not many):
         return form(512, 32, 1, 2, digit=12)
-    if most == 2048 and columns <= 32768 and num_sms // 8 < rows <= num_sms:
+    if columns <= 32768 and num_sms // 8 < rows <= num_sms:
         return form(1024, 32, 1, 1, digit=12)
-    # in the registers of several blocks
-    if few or columns > 16384:
-        for keys in (4, 8, 16):
-            parts = -(-columns // form(512, keys, 2, 2)[0].share)
-            if parts <= _MOST_PARTS and rows * parts <= 2 * num_sms and (keys < 16 or columns > 32768):
-                return form(512, keys, parts, 2)
-    # sifted
+    # in the registers of several blocks, one of them on an SM: then those of the merge wait beside them
+    slots = num_sms if most < 2048 or 16 * rows <= num_sms else 2 * num_sms
+    for keys in (4, 8, 16):
+        if pieces(keys) <= _MOST_PARTS and rows * pieces(keys) <= slots:
+            return form(512, keys, pieces(keys), 2)
+    # sifted: by small blocks; by large ones; in parts, two of them on an SM
+    if very_many and columns <= 16384:
+        return form(256, 16, 1, 6, True, digit=10)
+    if many:
+        return form(256, 32, 1, 3, True, digit=11 if most == 512 else 10)
     if rows > num_sms:
-        if columns <= 16384 and (most == 512 or not many):
-            return form(512, 16, 1, 3 if many else 2, True)
-        return form(512, 32, 1, 2, True)
-    if most == 2048 and 4 * rows > num_sms and 2 * rows <= num_sms and columns <= 65536:
-        return form(512, 32, 4, 2, True)
-    if 4 * rows > num_sms or columns <= 16384:
-        return form(1024, 16, 2 if columns > 65536 and 2 * rows <= num_sms else 1, 1, True)
-    return form(512, 16, min(_MOST_PARTS, num_sms // rows), 1, True)
+        return form(512, 16 if columns <= 65536 else 32, 1, 2, True)
+    if 2 * rows > num_sms or 4 * rows > num_sms and columns <= 65536 and most < 2048:
+        return form(1024, 16, 1, 1, True)
+    keys = 16 if 8 * rows <= num_sms and columns > 131072 else 32
+    return form(512, keys, min(pieces(keys), _MOST_PARTS, 2 * num_sms // rows), 2, True)
 
 
 def workspace_bytes(config: Config, rows: int, parts: int) -> int:
