@@ -87,7 +87,7 @@ class Config:
 
     @cached_property
     def capacity(self) -> int:
-        """Entries of the list: half again as many as k, and some of each piece."""
+        """Entries of the list: twice k at least, so that there is room for some of each piece."""
         if not self.groups:
             return self.most // 2 if self.ascending else 1
         return 2048 if self.most == 512 else 3072 if self.most == 1024 else 4096
@@ -135,19 +135,18 @@ def configure(
         """`keys` of a lane in a piece, or 8 at least in bf16."""
         vectors = max(1, keys * dtype.itemsize // 16)
         groups = 0
-        if sifted:  # half again as many as k and more, a power of two to a lane
+        if sifted:  # half again as many as k and more in all, a power of two to a lane
             groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
             digit -= ascending and most == 2048  # there is no memory for more
-        # where registers are left, as 32 keys leave none (64 x 64K of k 2,048: 28 instead of 20 us)
-        ahead = sifted and keys < 32 and rows <= num_sms and columns > 16384 and parts == 1
-        busy = keys == 32 or keys == 16 and (threads == 1024 or threads > 64 and rows > num_sms)
-        walked = busy and not sifted and parts == 1
-        # small blocks wait beside parts; where these leave no room for them, large ones are faster
-        merging = 1024 if most > 512 and parts > 1 and rows * parts > num_sms else 512
         parted = parts > 1
-        return _config(
-            dtype, most, ascending, threads, vectors, parted, ahead, walked, groups, digit, blocks, merging
-        ), parts
+        # where registers are left, as 32 keys leave none (64 x 64K of k 2,048: 28 instead of 20 us)
+        ahead = sifted and not parted and keys < 32 and rows <= num_sms and columns > 16384
+        busy = keys == 32 or keys == 16 and (threads == 1024 or threads > 64 and rows > num_sms)
+        walked = busy and not sifted and not parted
+        # small blocks wait beside parts; where these leave no room for them, large ones are faster
+        merging = 1024 if parted and most > 512 and rows * parts > num_sms else 512
+        flags = parted, ahead, walked
+        return _config(dtype, most, ascending, threads, vectors, *flags, groups, digit, blocks, merging), parts
 
     def pieces(keys: int) -> int:
         """Of a row, for 512 lanes of so many keys each."""
