@@ -17,6 +17,7 @@ from . import arguments, checks, debug
 from .arguments import LARGEST_K
 from .checks import Open, refuse
 from .kernels import carry, listed_columns, metadata, sparse
+from .kernels import logits as scores
 from .kernels import topk as kernels
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
 from .paged import paged_logits
@@ -26,6 +27,8 @@ from .sparse import paged_sparse_logits
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
+import os
+MODE = tuple(map(int, os.environ.get("FRONTS", "512,2").split(","))) if os.environ.get("FRONTS") != "0" else ()
 _LOGITS_BYTES = 2**16  # of a row on average, that a prefill keeps for a while, and what goes with them
 _LEAST_ROWS = 64  # that it scores at once if it takes all of their keys: with fewer, pieces of all rows' are faster
 _PIECE = 256  # keys: what a piece has a multiple of, at least
@@ -216,7 +219,7 @@ def fp8_fp4_paged_mqa_topk(
     arguments.weights(weights, rows, query.heads, device)
     arguments.lengths(context_lens, device, batch, next_n)
     arguments.block_table(block_table, batch, device)
-    arguments.schedule(schedule_meta, device)
+    slots = arguments.schedule(schedule_meta, device)
     arguments.indices(indices, context_lens)
     plan = _plan(rows, next_n, max_context_len, k, page, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
@@ -231,7 +234,7 @@ def fp8_fp4_paged_mqa_topk(
 
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0  # as in the logits
 
-    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor, least: int = 0) -> None:
+    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor, least: int = 0, **fronts) -> None:
         of, schedule = slice(rows.start // next_n, rows.stop // next_n), schedule_meta
         table = _cut(block_table, of)
         if keys.start:
@@ -241,7 +244,7 @@ def fp8_fp4_paged_mqa_topk(
             metadata.plan(lens, schedule)
         paged_logits(
             _pair(query, of), kv_cache, _cut(weights, rows), lens, table, schedule, logits.shape[1],
-            False, torch.float32, _cut(indices, of), logits, None, least,
+            False, torch.float32, _cut(indices, of), logits, None, least, **fronts,
         )  # fmt: skip
 
     results = _Results(block_table if translate else None, page if translate else 1, None, out, positions, scores)
@@ -249,6 +252,15 @@ def fp8_fp4_paged_mqa_topk(
         windows = windows_of_lengths(context_lens, next_n, limit)
         for piece in plan.run(workspace, limit, windows, {"context_lens": context_lens}, results):
             score(piece.rows, piece.keys, piece.ends.view(batch, next_n), piece.logits)
+        return out
+    if fronts := plan.fronts(slots):
+        one, keys = slice(0, 1), slice(0, max_context_len)
+        logits, room = plan.logits(workspace, one, device), workspace[plan.logits_bytes :]
+        score(one, keys, context_lens, logits, results.least, most=fronts.most, fronts=room)
+        kernels.of_fronts(
+            fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), ends_are_lengths=False,
+            bounds={"context_lens": context_lens}, k=k, workspace=room, **results._asdict(),
+        )  # fmt: skip
         return out
     for rows in plan.turns():
         lens = _cut(context_lens, slice(rows.start // next_n, rows.stop // next_n))
@@ -477,6 +489,16 @@ class _Turns:
         self.config, self.parts = kernels.configure(torch.float32, k, max(step, 1), columns, num_sms)
         self.logits_bytes = 4 * step * _stride(columns)
         self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, step, self.parts)
+        self.blocks, self.most = 0, 0  # that leave fronts; for a choice of so many
+        if rows == 1 and MODE:
+            self.blocks, self.most = num_sms, next(most for most in (512, 1024, 2048) if k <= most)
+            self.bytes = max(self.bytes, self.logits_bytes + scores.fronts_bytes(self.blocks, self.most))
+
+    def fronts(self, slots: int):
+        """How the one row is chosen from fronts, if it is."""
+        if slots > self.blocks or self.columns > 8 * 32 * scores.FRONTS_TILES * slots:
+            return None
+        return kernels.fronts(slots, self.most, *MODE)
 
     def turns(self) -> Iterator[slice]:
         for first in range(0, self.rows, self.step):

@@ -21,6 +21,7 @@ EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _MOST_REQUESTS = 1024  # of a decode step
+FRONTS_TILES = 8  # of a warp, that a block keeps
 _QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 _SIZES = 64  # of calls that are remembered: all layers of a step make the same one
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
@@ -71,6 +72,12 @@ class PagedParams(ctypes.Structure):
         ("rows_per_group", ctypes.c_int32),
         ("few", FewRows),
     ]
+
+
+class PagedFrontsParams(PagedParams):
+    """Field by field as in paged_fronts.cuh."""
+
+    _fields_ = [("heads", ctypes.c_void_p), ("values", ctypes.c_void_p), ("positions", ctypes.c_void_p)]
 
 
 class RaggedParams(ctypes.Structure):
@@ -131,6 +138,7 @@ class Config:
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
     eights     sparse: one row, and a warp for every eight keys of it; else as `few_rows` says
+    fronts     paged, one token: each block leaves the largest of its logits for a choice of so many at most; 0: no
     """
 
     arch: str
@@ -146,6 +154,7 @@ class Config:
     block: int = 0
     maxima: bool = False
     eights: bool = False
+    fronts: int = 0
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -235,6 +244,10 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         past_end = str(config.few_rows > (0 if config.fp4 else 1)).lower()
         reading = f"{past_end}, {str(once).lower()}"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}, {reading}>::{run}(p);", PagedParams
+        if config.fronts:
+            page, header, parameters = f"{page}_fronts{config.fronts}", "paged_fronts.cuh", PagedFrontsParams
+            types = f"{weight}, {config.warps}, {reading}, {FRONTS_TILES}, {config.fronts}"
+            call = f"PagedFronts<{sizes}, {config.page}, {types}>::run(p);"
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
         call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
@@ -300,6 +313,22 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), pairs, inverse, spare)
 
 
+def room_of_front(most: int) -> int:
+    """Entries, as in paged_fronts.cuh."""
+    return 64 if most <= 1024 else 128
+
+
+def fronts_bytes(blocks: int, most: int) -> int:
+    """What the blocks of one token leave for the choice of at most `most` keys (fronts.cuh)."""
+    return 8 * blocks * (room_of_front(most) + 1)
+
+
+def places_of_fronts(address: int, blocks: int, most: int) -> tuple[int, int, int]:
+    """Of values, positions and heads."""
+    size = 4 * blocks * room_of_front(most)
+    return address, address + size, address + 2 * size
+
+
 class Plan(NamedTuple):
     """How a call is made, which follows from types, sizes and strides; its parameters are without addresses."""
 
@@ -310,7 +339,7 @@ class Plan(NamedTuple):
 
 def plan_paged(
     arch: str, query: Query, weights: torch.Tensor, kv_cache: torch.Tensor, page: int, page_stride: int,
-    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima,
+    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima, fronts: int = 0,
 ) -> Plan:  # fmt: skip
     """Of checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
     rows, next_n = windows.rows, windows.next_n
@@ -318,8 +347,9 @@ def plan_paged(
         arch, query.fp4, query.heads, query.dim, page, weights.dtype, dtype,
         few_rows=few_rows(rows, next_n, slots), next_n=together(rows, next_n),
         alignment=alignment(query.values.data_ptr(), kv_cache.data_ptr(), page_stride), maxima=maxima is not None,
+        fronts=fronts,
     )  # fmt: skip
-    p = PagedParams(windows=windows)
+    p = PagedFrontsParams(windows=windows) if fronts else PagedParams(windows=windows)
     _set_strides(p, weights, maxima)
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
@@ -353,13 +383,16 @@ def _set_strides(p: PagedParams | RaggedParams, weights: torch.Tensor, maxima: M
 
 
 def paged(
-    plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None
-) -> Windows:
+    plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None,
+    fronts: torch.Tensor | None = None,
+) -> Windows:  # fmt: skip
     """Starts the kernel on checked arguments. `addresses` are those of `inputs`, of which the first are q, weights,
     kv_cache, context_lens, block_table, schedule_meta, and in FP4 q's scales. Returns what the rows see."""
-    p = PagedParams.from_buffer_copy(plan.parameters)
+    p = type(plan.parameters).from_buffer_copy(plan.parameters)
+    if fronts is not None:
+        p.values, p.positions, p.heads = places_of_fronts(fronts.data_ptr(), plan.grid[0], plan.config.fronts)
     p.query, p.weights, p.keys, p.windows.ends, p.block_table, p.schedule = addresses[:6]
-    return _start(plan, p, inputs, addresses, out, maxima)
+    return _start(plan, p, inputs, addresses, out, maxima, fronts)
 
 
 def ragged(
@@ -371,12 +404,17 @@ def ragged(
     return _start(plan, p, inputs, addresses, out, maxima)
 
 
-def _start(plan: Plan, p, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: Maxima) -> Windows:
+def _start(
+    plan: Plan, p, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: Maxima,
+    fronts: torch.Tensor | None = None,
+) -> Windows:  # fmt: skip
     if plan.config.fp4:
         p.query_scales = addresses[6]
     p.logits, p.logits_stride = out.data_ptr(), out.stride()[0]
     outputs = {"logits": out}
     if maxima is not None:
         p.maxima, outputs["block_max"] = maxima.data_ptr(), maxima
+    if fronts is not None:
+        outputs["fronts"] = fronts
     launch(plan.config.kernel, out.device, plan.grid, p, inputs, outputs, checked=True)
     return p.windows

@@ -8,6 +8,7 @@ from functools import cache, cached_property
 import torch
 
 from ..jit import Kernel, launch
+from .logits import places_of_fronts, room_of_front
 from .windows import Windows
 
 _MOST_PARTS = 64
@@ -44,6 +45,27 @@ class TopkParams(ctypes.Structure):
         ("parts", ctypes.c_int32),
         ("compressed", ctypes.c_int32),
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Fronts:
+    """How fronts.cuh is compiled: for so many fronts, and a choice of `most` keys."""
+
+    fronts: int
+    most: int
+    threads: int = 512
+    own: int = 2
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        columns = -(-self.fronts // 32)
+        name = f"topk_fronts_k{self.most}_t{self.threads}_o{self.own}_c{columns}"
+        body = f"    Fronts<{self.threads}, {self.own}, {columns}, {self.most}>::run(p);"
+        return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, follows=True)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return 1, -(-self.fronts // self.own) + 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +142,7 @@ class Config:
 
 
 _LOGITS = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
-_config = cache(Config)
+_config, fronts = cache(Config), cache(Fronts)
 
 
 def configure(
@@ -194,8 +216,29 @@ def workspace_bytes(config: Config, rows: int, parts: int) -> int:
     return 0 if parts == 1 else rows * parts * 8 * (1 + config.fronts // parts)
 
 
-def topk(
-    config: Config,
+def topk(config: Config, parts: int, *, workspace: torch.Tensor | None, **given) -> None:
+    """Starts the kernels on checked arguments: those of `_parameters`."""
+    p, inputs, outputs = _parameters(parts, **given)
+    out, rows = given["out"], given["logits"].shape[0]
+    if parts == 1:
+        launch(config.choose, out.device, (rows, 1), p, inputs, outputs)
+        return
+    p.front = config.fronts // parts
+    p.gates = workspace.data_ptr()
+    p.fronts = p.gates + 8 * rows * parts
+    launch(config.choose, out.device, (rows, parts), p, inputs, {**outputs, "workspace": workspace})
+    launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)
+
+
+def of_fronts(form: Fronts, *, workspace: torch.Tensor, **given) -> None:
+    """The choice of one row, out of the fronts that its logits' blocks have left (`logits.paged`)."""
+    p, inputs, outputs = _parameters(form.fronts, **given)
+    p.front = room_of_front(form.most)
+    p.fronts, _, p.gates = places_of_fronts(workspace.data_ptr(), form.fronts, form.most)
+    launch(form.kernel, given["out"].device, form.grid, p, {**inputs, "workspace": workspace}, outputs)
+
+
+def _parameters(
     parts: int,
     *,
     logits: torch.Tensor,
@@ -206,7 +249,6 @@ def topk(
     page: int,
     block_table: torch.Tensor | None,
     offset: torch.Tensor | None,
-    workspace: torch.Tensor | None,
     out: torch.Tensor,
     positions: torch.Tensor | None,
     scores: torch.Tensor | None,
@@ -214,10 +256,11 @@ def topk(
     unit: int = 0,
     compressed: bool = False,
     nowhere: int = -1,
-) -> None:
-    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into. With
-    `unit` a logit stands for a block of so many of what they count, and results are blocks of the run; `compressed`:
-    column 0 is the row's first one. `tokens` rows share one of the table; `nowhere` stands past a row's end."""
+) -> tuple[TopkParams, dict, dict]:
+    """Without what parts leave; and what the kernels read and write. Shapes as in `topk.topk`. `bounds`: what `windows`
+    points into. With `unit` a logit stands for a block of so many of what they count, and results are blocks of the run;
+    `compressed`: column 0 is the row's first one. `tokens` rows share one of the table; `nowhere` stands past a row's
+    end."""
     p = TopkParams()
     p.logits = logits.data_ptr()
     p.logits_stride = logits.stride()[0]
@@ -241,12 +284,4 @@ def topk(
         outputs["scores"] = scores
         p.scores, p.scores_stride = scores.data_ptr(), scores.stride()[0]
     inputs = {"logits": logits, "block_table": block_table, "offset": offset, **bounds}
-    rows = logits.shape[0]
-    if parts == 1:
-        launch(config.choose, out.device, (rows, 1), p, inputs, outputs)
-        return
-    p.front = config.fronts // parts
-    p.gates = workspace.data_ptr()
-    p.fronts = p.gates + 8 * rows * parts
-    launch(config.choose, out.device, (rows, parts), p, inputs, {**outputs, "workspace": workspace})
-    launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)
+    return p, inputs, outputs

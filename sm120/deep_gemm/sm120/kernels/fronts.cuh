@@ -1,0 +1,174 @@
+// The decode step of one token, second of two launches: the k largest out of the fronts that the logits' blocks have left
+// (paged_fronts.cuh). What is promised of a choice stands in topk.cuh.
+//
+// Place   an entry's place among all is a sum over the fronts: of those in a front that come before it, found by bisection,
+//         since fronts are in order. So nothing is counted, and no entry waits for another one: its warp finds its place, and
+//         puts it there. The results of a row are in the order of their values.
+// Block   a few fronts are its own. It reads the first kRows entries of all of them; what goes further is read where it lies.
+// Warp    an entry of an own front, and the next ones as long as they are among the k. Lane: fronts 32 apart.
+// Exact   keys that are missing are below the largest gate. Entries that reach that have their true places, and are put; if
+//         they are fewer than k, the other places are filled slowly, by a block that has no front of its own.
+// Bound   latency: one load of the fronts, one barrier, bisection.
+#pragma once
+
+#include "topk.cuh"
+
+// Grid: x one row; y one block more than it takes to own all fronts, kOwn each. kColumns: of 32 fronts each, that suffice.
+template <int kThreads, int kOwn, int kColumns, int kMost>
+struct Fronts {
+    static constexpr int kWarps = kThreads / 32, kTogether = kWarps / kOwn;        // entries of a front at a time
+    static constexpr int kRows = kMost <= 1024 ? 16 : 32, kRoom = 4 * kRows;       // as in paged_fronts.cuh
+    using Of = Block<kThreads, 9, 1, kMost, false>;
+    using Lies = Row<float, false>;
+
+    union Memory {
+        alignas(16) float values[kRows * 32 * kColumns];
+        typename Of::Memory of;
+    };
+
+    const TopkParams& p;
+    Memory& memory;
+    const int fronts = p.parts, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint2* heads = reinterpret_cast<const uint2*>(p.gates);                  // {gate, as a key; entries}
+    const float* values = reinterpret_cast<const float*>(p.fronts);                // [kRoom][fronts]
+    const uint32* positions = reinterpret_cast<const uint32*>(values + kRoom * fronts);
+
+    // The first rows of all fronts.
+    __device__ void load() const {
+        constexpr int kVectors = kRows * 32 * kColumns / 4, kEach = (kVectors + kThreads - 1) / kThreads;
+        uint32 words[kEach][4];
+        #pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int at = i * kThreads + threadIdx.x;
+            ptx::load_if(words[i], values + 4 * at, at < kRows / 4 * fronts);
+        }
+        #pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int at = i * kThreads + threadIdx.x;
+            if (at < kRows / 4 * fronts) *reinterpret_cast<uint4*>(memory.values + 4 * at) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+        }
+    }
+
+    // How many entries of all fronts but `own` are above `value`; kEqual: or equal to it, else only if before `position`.
+    template <bool kEqual>
+    __device__ int before(float value, uint32 position, int own) const {
+        float than[kColumns];
+        uint32 at[kColumns];
+        int count = 0;
+        const uint32 pitch = fronts * sizeof(float), first = ptx::shared_address(memory.values) + lane * sizeof(float);
+        #pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            const int front = 32 * i + lane;
+            const bool there = front < fronts;
+            than[i] = there && front != own ? value : __uint_as_float(kNanWord);
+            at[i] = there ? first + 32 * i * sizeof(float) : first;
+        }
+        const auto precedes = [](float x, float y) { return kEqual ? x >= y : x > y; };
+        #pragma unroll
+        for (int step = kRows / 2; step > 0; step /= 2) {
+            #pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                if (precedes(ptx::load_shared(at[i] + (step - 1) * pitch), than[i])) at[i] += step * pitch, count += step;
+            }
+        }
+        bool more = false;
+        #pragma unroll
+        for (int i = 0; i < kColumns; ++i) more |= ptx::load_shared(at[i]) >= than[i];
+        if (__builtin_expect(__any_sync(kAllLanes, more), 0)) {    // equal ones, or a front that goes further
+            #pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                if (!(ptx::load_shared(at[i]) >= than[i])) continue;
+                const int front = 32 * i + lane, entries = heads[front].y;
+                #pragma unroll 1
+                for (int row = (at[i] - first) / pitch; row < entries; ++row, ++count) {
+                    const float x = row < kRows ? memory.values[row * fronts + front] : values[row * fronts + front];
+                    if (!precedes(x, value) && (x != value || positions[row * fronts + front] > position)) break;
+                }
+            }
+        }
+        return __reduce_add_sync(kAllLanes, count);
+    }
+
+    // Only one lane puts.
+    __device__ void put(const typename Lies::Results& results, int at, uint32 position, uint32 place, float value) const {
+        results.out[at] = place + results.offset;
+        if (results.positions) results.positions[at] = position;
+        if (results.scores) results.scores[at] = value;
+    }
+
+    __device__ static void run(const TopkParams& p) {
+        __shared__ Memory memory;
+        fetch_parameters(p);
+        const Lies row(p);  // the lengths are older than the kernel before this one, which has waited for them
+        const bool last = blockIdx.y + 1 == gridDim.y;
+        if (row.length > p.k) row.fetch_pages();
+        const auto results = row.results();
+        ptx::griddepcontrol();
+        if (row.length <= p.k) {
+            if (last) row.put_all();
+            return;
+        }
+        const Fronts all{p, memory};
+        if (last) all.check(row, results);
+        else all.place(row, results);
+    }
+
+    // The largest gate, as a key.
+    __device__ uint32 least() const {
+        uint32 gate = kNothing;
+        #pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            if (32 * i + lane < fronts) gate = max(gate, ptx::load_word(heads + 32 * i + lane));
+        }
+        return __reduce_max_sync(kAllLanes, gate);
+    }
+
+    __device__ void place(const Lies& row, const typename Lies::Results& results) const {
+        const int own = blockIdx.y * kOwn + warp % kOwn, shown = min(own, fronts - 1);
+        int i = warp / kOwn;
+        uint32 position[1] = {ptx::load_word(positions + i * fronts + shown)}, place[1];
+        const int entries = own < fronts ? ptx::load_word(&heads[shown].y) : 0;
+        const uint32 least = this->least();
+        load();
+        if (i < entries) results.find_places(position, place);
+        __syncthreads();
+        #pragma unroll 1
+        while (i < entries) {
+            const float value = i < kRows ? memory.values[i * fronts + own] : values[i * fronts + own];
+            const int at = i + before<false>(value, position[0], own);
+            if (at >= p.k) break;
+            if (lane == 0 && key_of(value) >= least) put(results, at, position[0], place[0], value);
+            i += kTogether;
+            if (i >= entries) break;
+            position[0] = ptx::load_word(positions + i * fronts + own);
+            results.find_places(position, place);
+        }
+    }
+
+    // Fills what places nobody else does.
+    __device__ void check(const Lies& row, const typename Lies::Results& results) const {
+        const uint32 least = this->least();
+        load();
+        __syncthreads();
+        const int reached = least == kAllLanes ? 0 : before<true>(value_of(least), kNowhere, kNoFront);
+        if (__builtin_expect(reached >= p.k, 1)) return;
+        __syncthreads();
+        Of block(memory.of);
+        block.template take_slowly<Lies>(p);
+        __syncthreads();
+        int filled = reached;
+        #pragma unroll 1
+        for (int first = 0; first < p.k; first += kThreads) {
+            const int i = first + threadIdx.x;
+            const uint32 position[1] = {i < p.k ? block.chosen()[i] : 0};
+            const float value = row.value_at(position[0]);
+            const bool mine = i < p.k && (least == kAllLanes || key_of(value) < least);
+            const auto places = block.share_out(mine);
+            uint32 place[1];
+            if (mine) results.find_places(position, place), put(results, filled + places.first, position[0], place[0], value);
+            filled += places.total;
+        }
+    }
+
+    static constexpr int kNoFront = -1;
+};

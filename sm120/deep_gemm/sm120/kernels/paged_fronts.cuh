@@ -1,0 +1,175 @@
+// The decode step of one token, first of two launches: the logits of paged.cuh for one row, and of each block its front.
+//
+// Front   the block's largest logits, in their order, and a gate that all of them reach and nothing else of the block does.
+//         fronts.cuh chooses from the fronts of all blocks.
+// Score   as run_one of rows.cuh: tiles go round the blocks, so that a stretch of good keys is spread over them. What is stored
+//         is kept in shared memory too.
+// Gate    keys fall into groups, of some neighbouring lanes of a warp each: the gate is the `rank`th of the groups' maxima, so
+//         that as many keys reach it at least, and hardly ever twice as many. Warps find it alone, all of them the same.
+// List    what reaches the gate, in no order; a warp to each entry finds its place in the order. One that does not fit has a
+//         gate above everything.
+// Bound   latency: of logits, see rows.cuh; then of two barriers, and of what is between them.
+#pragma once
+
+#include "order.cuh"
+#include "paged.cuh"
+
+struct PagedFrontsParams : PagedParams {
+    uint2* heads;                // [blocks] {gate, as a key; entries of the front}
+    float* values;               // [room][blocks] NaN past a front's end, in the rows that fronts.cuh reads of all
+    uint32* positions;           // [room][blocks]
+};
+
+// Logits that are stored, and kept by the block.
+template <int kWarps, int kTiles>
+struct Kept {
+    // [warp][tile][lane], NaN for keys outside the window
+    __device__ static float* of_lane() {
+        __shared__ float memory[kWarps * kTiles * 32];
+        return memory + threadIdx.x / 32 * (kTiles * 32) + threadIdx.x % 32;
+    }
+};
+
+template <int kWarps, int kTiles>
+struct Stored<Kept<kWarps, kTiles>> : Stored<float> {
+    uint32 kept;                 // where this lane's next one goes
+
+    __device__ void open(const Output& p, int token, Window window, bool compressed) {
+        Stored<float>::open(p, token, window, compressed);
+        kept = ptx::shared_address(Kept<kWarps, kTiles>::of_lane());
+    }
+
+    template <int kApart>
+    __device__ void take(uint32 key, float logit) {
+        const uint32 n = key - begin;
+        if (n < count) row[n] = logit;
+        ptx::store_shared(kept, n < count ? __float_as_uint(logit) : kNanWord);
+        kept += 32 * sizeof(float);
+    }
+};
+
+// kTiles: of a warp, at most. kMost: the largest k.
+template <class Format, int kHeads, int kPage, class Weight, int kWarps, bool kPastEnd, bool kOnce, int kTiles, int kMost>
+struct PagedFronts {
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kEach = kMost <= 512 ? 1 : kMost <= 1024 ? 2 : 4;         // groups that a lane looks at
+    static constexpr int kGroups = 32 * kEach;
+    static constexpr int kRank = kMost <= 512 ? 16 : kMost <= 1024 ? 24 : 40;
+    static constexpr int kRows = kMost <= 1024 ? 16 : 32, kRoom = 4 * kRows;       // as in fronts.cuh
+    using Kept = ::Kept<kWarps, kTiles>;
+    using Scored = Rows<PagedFrontsParams, Format, kHeads, PagedKeys<kPage, Format::kRowBytes, kPastEnd, kOnce>, Weight, Kept,
+                        kWarps, 1>;
+    using Key = Scorer<Format, kHeads, 1, Weight>;
+
+    struct Memory {
+        alignas(16) float maxima[kGroups];
+        uint2 list[kRoom];                         // {value, position}
+        int listed;
+    };
+
+    // What a block has scored: items, tiles or eights of keys, from `first` on.
+    struct Work {
+        int items, first, step;
+        bool eights;
+
+        __device__ Work(const PagedFrontsParams& p, int keys) {
+            const int tiles = (keys + kTile - 1) / kTile;
+            eights = tiles * (kTile / 8) <= p.few.quarters;
+            items = eights ? (keys + 7) / 8 : tiles;
+            first = blockIdx.x + gridDim.x * (threadIdx.x / 32), step = p.few.takers;
+        }
+
+        // Of this lane; of eight keys only eight lanes have one.
+        __device__ uint32 key(int item, const Lane& lane) const {
+            return eights ? 8 * item + Key::key_of_eight(lane) : item * kTile + Key::key_of(lane);
+        }
+    };
+
+    // A warp's kept logits, of one item after the other.
+    template <class Visit>
+    __device__ static void each(const Work& work, Visit visit) {
+        const float* kept = Kept::of_lane();
+        #pragma unroll 1
+        for (int item = work.first; item < work.items; item += work.step, kept += 32) visit(*kept, item);
+    }
+
+    // A barrier. `busy`: warps that have scored something.
+    __device__ static uint32 gate_of(const Work& work, int busy, Memory& memory, const Lane& lane) {
+        float most = __uint_as_float(kNanWord);
+        each(work, [&](float value, int) { most = fmaxf(most, value); });
+        int shift = 0;                             // lanes of a group, so many that there are groups for all busy warps
+        #pragma unroll 1
+        for (; busy > kEach << shift; ++shift) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1 << shift));
+        const int group = threadIdx.x >> shift, groups = min(kGroups, kThreads >> shift);
+        if (lane.id % (1 << shift) == 0 && group < groups) memory.maxima[group] = most;
+        __syncthreads();
+        float own[kEach];
+        int above[kEach] = {};
+        #pragma unroll
+        for (int i = 0; i < kEach; ++i) own[i] = 32 * i + lane.id < groups ? memory.maxima[32 * i + lane.id] : __uint_as_float(kNanWord);
+        #pragma unroll
+        for (int i = 0; i < kGroups; i += 4) {
+            if (i >= groups) break;
+            const float4 some = *reinterpret_cast<const float4*>(memory.maxima + i);
+            #pragma unroll
+            for (int j = 0; j < kEach; ++j) {
+                ptx::count_if_above(above[j], some.x, own[j]);
+                ptx::count_if_above(above[j], some.y, own[j]);
+                ptx::count_if_above(above[j], some.z, own[j]);
+                ptx::count_if_above(above[j], some.w, own[j]);
+            }
+        }
+        uint32 gate = kAllLanes;
+        #pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            if (own[i] == own[i] && above[i] < kRank) gate = min(gate, key_of(own[i]));
+        }
+        gate = __reduce_min_sync(kAllLanes, gate);
+        return gate == kAllLanes ? key_of(lowest()) : gate;
+    }
+
+    __device__ static bool is_above(uint2 entry, uint2 other) {
+        const float value = __uint_as_float(entry.x), than = __uint_as_float(other.x);
+        return value > than || (value == than && entry.y < other.y);
+    }
+
+    __device__ static void run(const PagedFrontsParams& p) {
+        __shared__ Memory memory;
+        if (threadIdx.x == 0) memory.listed = 0;
+        Scored::run_one(p);
+        const Lane lane;
+        const int warp = threadIdx.x / 32, slots = gridDim.x, slot = blockIdx.x;
+        const int keys = p.windows.end(0, 0);
+        if (keys == 0) return;                     // nothing has been scored
+        const Work work(p, keys);
+        const int busy = min(kWarps, max(0, work.items - slot + slots - 1) / slots);
+        uint32 gate = key_of(lowest());
+        if (work.eights || busy <= kEach) __syncthreads();                     // so few that all are published
+        else gate = gate_of(work, busy, memory, lane);
+        const float least = value_of(gate);
+        each(work, [&](float value, int item) {
+            const uint32 reach = __ballot_sync(kAllLanes, value >= least);
+            if (reach == 0) return;
+            int place = 0;
+            if (lane.id == 0) place = atomicAdd(&memory.listed, __popc(reach));
+            place = __shfl_sync(kAllLanes, place, 0) + __popc(reach & ((1u << lane.id) - 1));
+            if (value >= least && place < kRoom) memory.list[place] = {__float_as_uint(value + 0.0f), work.key(item, lane)};
+        });
+        __syncthreads();
+        const int listed = memory.listed, count = listed <= kRoom ? listed : 0;
+        #pragma unroll 1
+        for (int i = warp; i < count; i += kWarps) {
+            const uint2 entry = memory.list[i];
+            int rank = 0;
+            #pragma unroll 1
+            for (int first = 0; first < count; first += 32) {
+                const bool above = first + lane.id < count && is_above(memory.list[first + lane.id], entry);
+                rank += __popc(__ballot_sync(kAllLanes, above));
+            }
+            const int at = rank * slots + slot;
+            if (lane.id == 0) p.values[at] = __uint_as_float(entry.x), p.positions[at] = entry.y;
+        }
+        for (int i = count + threadIdx.x; i < kRows; i += kThreads) p.values[i * slots + slot] = __uint_as_float(kNanWord);
+        if (threadIdx.x == 0) p.heads[slot] = {listed <= kRoom ? gate : kAllLanes, uint32(count)};
+    }
+};
