@@ -118,7 +118,7 @@ _known = checks.Known()
 
 def paged_logits(
     q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
-    clean_logits, logits_dtype, indices, out, block_max, least=0, most=0, fronts=None,
+    clean_logits, logits_dtype, indices, out, block_max, least=0, most=0, fronts=None, translate=False,
 ) -> torch.Tensor:  # fmt: skip
     """The same without defaults; tokens that see no more than `least` keys are left out. Of one token, `fronts` is given
     what a choice of `most` keys is made from."""
@@ -153,7 +153,7 @@ def paged_logits(
     if out is None:
         out = arguments.new_output(*shape, logits_dtype, values.device)
     if plan is not None:
-        windows = logits.paged(plan, inputs, addresses, out, block_max, fronts)
+        windows = logits.paged(plan, inputs, addresses, out, block_max, fronts, translate)
         if clean_logits:
             clean.clean(out, windows, {"context_lens": context_lens})
     return out

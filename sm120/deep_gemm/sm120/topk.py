@@ -256,7 +256,7 @@ def fp8_fp4_paged_mqa_topk(
     if fronts := plan.fronts(slots):
         one, keys = slice(0, 1), slice(0, max_context_len)
         logits, room = plan.logits(workspace, one, device), workspace[plan.logits_bytes :]
-        score(one, keys, context_lens, logits, results.least, most=fronts.most, fronts=room)
+        score(one, keys, context_lens, logits, results.least, most=fronts.most, fronts=room, translate=translate)
         kernels.of_fronts(
             fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), ends_are_lengths=False,
             bounds={"context_lens": context_lens}, k=k, workspace=room, **results._asdict(),

@@ -32,20 +32,24 @@ struct Fronts {
     const uint2* heads = reinterpret_cast<const uint2*>(p.gates);                  // {gate, as a key; entries}
     const float* values = reinterpret_cast<const float*>(p.fronts);                // [kRoom][fronts]
     const uint32* positions = reinterpret_cast<const uint32*>(values + kRoom * fronts);
+    const uint32* places = positions + (p.table ? kRoom * fronts : 0);
 
     // The first rows of all fronts.
-    __device__ void load() const {
-        constexpr int kVectors = kRows * 32 * kColumns / 4, kEach = (kVectors + kThreads - 1) / kThreads;
-        uint32 words[kEach][4];
+    static constexpr int kVectors = kRows * 32 * kColumns / 4, kEach = (kVectors + kThreads - 1) / kThreads;
+    __device__ void load(uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
             ptx::load_if(words[i], values + 4 * at, at < kRows / 4 * fronts);
         }
+    }
+    __device__ void keep(const uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
-            if (at < kRows / 4 * fronts) *reinterpret_cast<uint4*>(memory.values + 4 * at) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+            if (at < kRows / 4 * fronts) {
+                *reinterpret_cast<uint4*>(memory.values + 4 * at) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+            }
         }
     }
 
@@ -96,21 +100,16 @@ struct Fronts {
         if (results.scores) results.scores[at] = value;
     }
 
+    // All that is needed is asked for at once: blocks are set up late, where the logits' have left an SM.
     __device__ static void run(const TopkParams& p) {
         __shared__ Memory memory;
         fetch_parameters(p);
-        const Lies row(p);  // the lengths are older than the kernel before this one, which has waited for them
-        const bool last = blockIdx.y + 1 == gridDim.y;
-        if (row.length > p.k) row.fetch_pages();
-        const auto results = row.results();
         ptx::griddepcontrol();
-        if (row.length <= p.k) {
-            if (last) row.put_all();
-            return;
-        }
         const Fronts all{p, memory};
-        if (last) all.check(row, results);
-        else all.place(row, results);
+        uint32 words[kEach][4];
+        all.load(words);
+        if (blockIdx.y + 1 == gridDim.y) all.check(words);
+        else all.place(words);
     }
 
     // The largest gate, as a key.
@@ -123,32 +122,37 @@ struct Fronts {
         return __reduce_max_sync(kAllLanes, gate);
     }
 
-    __device__ void place(const Lies& row, const typename Lies::Results& results) const {
+    __device__ void place(const uint32 (&words)[kEach][4]) const {
         const int own = blockIdx.y * kOwn + warp % kOwn, shown = min(own, fronts - 1);
         int i = warp / kOwn;
-        uint32 position[1] = {ptx::load_word(positions + i * fronts + shown)}, place[1];
+        uint32 position = ptx::load_word(positions + i * fronts + shown), place = ptx::load_word(places + i * fronts + shown);
         const int entries = own < fronts ? ptx::load_word(&heads[shown].y) : 0;
+        const auto bounds = Lies::read(Lies::sources(p));
         const uint32 least = this->least();
-        load();
-        if (i < entries) results.find_places(position, place);
+        keep(words);
+        const Lies row(p, bounds);
+        if (row.length <= p.k) return;
+        const auto results = row.results();
         __syncthreads();
         #pragma unroll 1
         while (i < entries) {
             const float value = i < kRows ? memory.values[i * fronts + own] : values[i * fronts + own];
-            const int at = i + before<false>(value, position[0], own);
+            const int at = i + before<false>(value, position, own);
             if (at >= p.k) break;
-            if (lane == 0 && key_of(value) >= least) put(results, at, position[0], place[0], value);
+            if (lane == 0 && key_of(value) >= least) put(results, at, position, place, value);
             i += kTogether;
             if (i >= entries) break;
-            position[0] = ptx::load_word(positions + i * fronts + own);
-            results.find_places(position, place);
+            position = ptx::load_word(positions + i * fronts + own), place = ptx::load_word(places + i * fronts + own);
         }
     }
 
     // Fills what places nobody else does.
-    __device__ void check(const Lies& row, const typename Lies::Results& results) const {
+    __device__ void check(const uint32 (&words)[kEach][4]) const {
+        const Lies row(p);
+        if (row.length <= p.k) return row.put_all();
+        const auto results = row.results();
         const uint32 least = this->least();
-        load();
+        keep(words);
         __syncthreads();
         const int reached = least == kAllLanes ? 0 : before<true>(value_of(least), kNowhere, kNoFront);
         if (__builtin_expect(reached >= p.k, 1)) return;

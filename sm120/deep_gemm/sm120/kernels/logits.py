@@ -77,7 +77,7 @@ class PagedParams(ctypes.Structure):
 class PagedFrontsParams(PagedParams):
     """Field by field as in paged_fronts.cuh."""
 
-    _fields_ = [("heads", ctypes.c_void_p), ("values", ctypes.c_void_p), ("positions", ctypes.c_void_p)]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("heads", "values", "positions", "places")]
 
 
 class RaggedParams(ctypes.Structure):
@@ -320,13 +320,13 @@ def room_of_front(most: int) -> int:
 
 def fronts_bytes(blocks: int, most: int) -> int:
     """What the blocks of one token leave for the choice of at most `most` keys (fronts.cuh)."""
-    return 8 * blocks * (room_of_front(most) + 1)
+    return blocks * (12 * room_of_front(most) + 8)
 
 
-def places_of_fronts(address: int, blocks: int, most: int) -> tuple[int, int, int]:
-    """Of values, positions and heads."""
+def places_of_fronts(address: int, blocks: int, most: int) -> tuple[int, ...]:
+    """Of values, positions, places and heads."""
     size = 4 * blocks * room_of_front(most)
-    return address, address + size, address + 2 * size
+    return address, address + size, address + 2 * size, address + 3 * size
 
 
 class Plan(NamedTuple):
@@ -384,13 +384,14 @@ def _set_strides(p: PagedParams | RaggedParams, weights: torch.Tensor, maxima: M
 
 def paged(
     plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None,
-    fronts: torch.Tensor | None = None,
+    fronts: torch.Tensor | None = None, translate: bool = False,
 ) -> Windows:  # fmt: skip
     """Starts the kernel on checked arguments. `addresses` are those of `inputs`, of which the first are q, weights,
     kv_cache, context_lens, block_table, schedule_meta, and in FP4 q's scales. Returns what the rows see."""
     p = type(plan.parameters).from_buffer_copy(plan.parameters)
     if fronts is not None:
-        p.values, p.positions, p.heads = places_of_fronts(fronts.data_ptr(), plan.grid[0], plan.config.fronts)
+        p.values, p.positions, places, p.heads = places_of_fronts(fronts.data_ptr(), plan.grid[0], plan.config.fronts)
+        p.places = places if translate else None
     p.query, p.weights, p.keys, p.windows.ends, p.block_table, p.schedule = addresses[:6]
     return _start(plan, p, inputs, addresses, out, maxima, fronts)
 

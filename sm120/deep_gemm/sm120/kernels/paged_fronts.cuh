@@ -18,6 +18,7 @@ struct PagedFrontsParams : PagedParams {
     uint2* heads;                // [blocks] {gate, as a key; entries of the front}
     float* values;               // [room][blocks] NaN past a front's end, in the rows that fronts.cuh reads of all
     uint32* positions;           // [room][blocks]
+    uint32* places;              // [room][blocks] in the cache, or null
 };
 
 // Logits that are stored, and kept by the block.
@@ -34,16 +35,17 @@ template <int kWarps, int kTiles>
 struct Stored<Kept<kWarps, kTiles>> : Stored<float> {
     uint32 kept;                 // where this lane's next one goes
 
-    __device__ void open(const Output& p, int token, Window window, bool compressed) {
-        Stored<float>::open(p, token, window, compressed);
+    // Of the one token there is.
+    __device__ void open(const Output& p, int, Window window, bool) {
+        begin = 0, count = window.end;
+        row = reinterpret_cast<float*>(p.logits);
         kept = ptx::shared_address(Kept<kWarps, kTiles>::of_lane());
     }
 
     template <int kApart>
     __device__ void take(uint32 key, float logit) {
-        const uint32 n = key - begin;
-        if (n < count) row[n] = logit;
-        ptx::store_shared(kept, n < count ? __float_as_uint(logit) : kNanWord);
+        if (key < count) row[key] = logit;
+        ptx::store_shared(kept, key < count ? __float_as_uint(logit) : kNanWord);
         kept += 32 * sizeof(float);
     }
 };
@@ -140,7 +142,6 @@ struct PagedFronts {
         const Lane lane;
         const int warp = threadIdx.x / 32, slots = gridDim.x, slot = blockIdx.x;
         const int keys = p.windows.end(0, 0);
-        if (keys == 0) return;                     // nothing has been scored
         const Work work(p, keys);
         const int busy = min(kWarps, max(0, work.items - slot + slots - 1) / slots);
         uint32 gate = key_of(lowest());
@@ -160,6 +161,8 @@ struct PagedFronts {
         #pragma unroll 1
         for (int i = warp; i < count; i += kWarps) {
             const uint2 entry = memory.list[i];
+            uint32 page = 0;
+            if (p.places) page = ptx::load_word(p.keys.block_table + entry.y / kPage);
             int rank = 0;
             #pragma unroll 1
             for (int first = 0; first < count; first += 32) {
@@ -167,9 +170,16 @@ struct PagedFronts {
                 rank += __popc(__ballot_sync(kAllLanes, above));
             }
             const int at = rank * slots + slot;
-            if (lane.id == 0) p.values[at] = __uint_as_float(entry.x), p.positions[at] = entry.y;
+            if (lane.id == 0) {
+                p.values[at] = __uint_as_float(entry.x), p.positions[at] = entry.y;
+                if (p.places) p.places[at] = page * kPage + entry.y % kPage;
+            }
         }
-        for (int i = count + threadIdx.x; i < kRows; i += kThreads) p.values[i * slots + slot] = __uint_as_float(kNanWord);
+        for (int i = count + threadIdx.x; i < kRows; i += kThreads) {
+            const int at = i * slots + slot;
+            p.values[at] = __uint_as_float(kNanWord), p.positions[at] = kNowhere;
+            if (p.places) p.places[at] = kNowhere;
+        }
         if (threadIdx.x == 0) p.heads[slot] = {listed <= kRoom ? gate : kAllLanes, uint32(count)};
     }
 };

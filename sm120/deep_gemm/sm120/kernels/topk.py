@@ -234,7 +234,7 @@ def of_fronts(form: Fronts, *, workspace: torch.Tensor, **given) -> None:
     """The choice of one row, out of the fronts that its logits' blocks have left (`logits.paged`)."""
     p, inputs, outputs = _parameters(form.fronts, **given)
     p.front = room_of_front(form.most)
-    p.fronts, _, p.gates = places_of_fronts(workspace.data_ptr(), form.fronts, form.most)
+    p.fronts, _, _, p.gates = places_of_fronts(workspace.data_ptr(), form.fronts, form.most)
     launch(form.kernel, given["out"].device, form.grid, p, {**inputs, "workspace": workspace}, outputs)
 
 
