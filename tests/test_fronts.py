@@ -1,16 +1,11 @@
 """The decode step of one token: logits whose blocks leave fronts, and the choice out of these."""
 
-from functools import partial
-
 import pytest
 import torch
-from problems import Paged, poisoned
+from problems import Paged
 from test_topk import FILLS, Fill, chosen_of_paged
 
 import deep_gemm
-from deep_gemm import sm120
-from deep_gemm.sm120 import reference
-from deep_gemm.sm120.kernels import topk as kernels
 
 TILE = 32
 SLOTS = 188

@@ -120,8 +120,8 @@ def paged_logits(
     q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
     clean_logits, logits_dtype, indices, out, block_max, least=0, most=0, fronts=None, translate=False,
 ) -> torch.Tensor:  # fmt: skip
-    """The same without defaults; tokens that see no more than `least` keys are left out. Of one token, `fronts` is given
-    what a choice of `most` keys is made from."""
+    """The same without defaults; tokens that see no more than `least` keys are left out. Of one token, blocks leave in
+    `fronts` what a choice of `most` keys is made from (`translate`: with places in the cache)."""
     checks.integer("max_context_len", max_context_len)
     arguments.logits_dtype(logits_dtype)
     values, scales = arguments.pair(q)
@@ -140,7 +140,16 @@ def paged_logits(
     try:
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         layouts, arch = checks.layouts(tensors), jit.architecture_of(values.device)
-        call = layouts, (addresses[0] | addresses[2]) & 31, addresses[5] & 7, max_context_len, logits_dtype, least, most, arch
+        call = (
+            layouts,
+            (addresses[0] | addresses[2]) & 31,
+            addresses[5] & 7,
+            max_context_len,
+            logits_dtype,
+            least,
+            most,
+            arch,
+        )
     except (AttributeError, IndexError, RuntimeError):
         _check(*asked)  # says what is wrong
         raise

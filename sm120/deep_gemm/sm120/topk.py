@@ -17,8 +17,8 @@ from . import arguments, checks, debug
 from .arguments import LARGEST_K
 from .checks import Open, refuse
 from .kernels import carry, listed_columns, metadata, sparse
-from .kernels import logits as scores
 from .kernels import topk as kernels
+from .kernels.logits import LEAST_FRONTS, MOST_FRONTS, fronts_columns
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
 from .paged import paged_logits
 from .ragged import ragged_logits
@@ -27,8 +27,6 @@ from .sparse import paged_sparse_logits
 
 _ROWS, _COLUMNS, _PAGES = Open("rows"), Open("columns"), Open("pages")
 _INT32, _REAL = (torch.int32,), (torch.float32, torch.bfloat16)
-import os
-MODE = tuple(map(int, os.environ.get("FRONTS", "512,2").split(","))) if os.environ.get("FRONTS") != "0" else ()
 _LOGITS_BYTES = 2**16  # of a row on average, that a prefill keeps for a while, and what goes with them
 _LEAST_ROWS = 64  # that it scores at once if it takes all of their keys: with fewer, pieces of all rows' are faster
 _PIECE = 256  # keys: what a piece has a multiple of, at least
@@ -253,13 +251,13 @@ def fp8_fp4_paged_mqa_topk(
         for piece in plan.run(workspace, limit, windows, {"context_lens": context_lens}, results):
             score(piece.rows, piece.keys, piece.ends.view(batch, next_n), piece.logits)
         return out
-    if fronts := plan.fronts(slots):
+    if form := plan.fronts(slots):
         one, keys = slice(0, 1), slice(0, max_context_len)
-        logits, room = plan.logits(workspace, one, device), workspace[plan.logits_bytes :]
-        score(one, keys, context_lens, logits, results.least, most=fronts.most, fronts=room, translate=translate)
-        kernels.of_fronts(
-            fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), ends_are_lengths=False,
-            bounds={"context_lens": context_lens}, k=k, workspace=room, **results._asdict(),
+        logits, fronts = plan.logits(workspace, one, device), workspace[plan.logits_bytes :]
+        score(one, keys, context_lens, logits, results.least, most=form.most, fronts=fronts, translate=translate)
+        kernels.choose_of_fronts(
+            form, fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), k=k,
+            ends_are_lengths=False, bounds={"context_lens": context_lens}, **results._asdict(),
         )  # fmt: skip
         return out
     for rows in plan.turns():
@@ -489,16 +487,15 @@ class _Turns:
         self.config, self.parts = kernels.configure(torch.float32, k, max(step, 1), columns, num_sms)
         self.logits_bytes = 4 * step * _stride(columns)
         self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, step, self.parts)
-        self.blocks, self.most = 0, 0  # that leave fronts; for a choice of so many
-        if rows == 1 and MODE:
-            self.blocks, self.most = num_sms, next(most for most in (512, 1024, 2048) if k <= most)
-            self.bytes = max(self.bytes, self.logits_bytes + scores.fronts_bytes(self.blocks, self.most))
+        self.blocks = num_sms if rows == 1 else 0  # that may leave fronts
+        if self.blocks:
+            self.bytes = max(self.bytes, self.logits_bytes + kernels.fronts(self.blocks, k).bytes)
 
-    def fronts(self, slots: int):
-        """How the one row is chosen from fronts, if it is."""
-        if slots > self.blocks or self.columns > 8 * 32 * scores.FRONTS_TILES * slots:
+    def fronts(self, slots: int) -> "kernels.Fronts | None":
+        """How the keys of one token are chosen out of the fronts of its logits' blocks, where that is how."""
+        if not LEAST_FRONTS <= slots <= min(self.blocks, MOST_FRONTS) or self.columns > fronts_columns(slots):
             return None
-        return kernels.fronts(slots, self.most, *MODE)
+        return kernels.fronts(slots, self.k)
 
     def turns(self) -> Iterator[slice]:
         for first in range(0, self.rows, self.step):

@@ -53,9 +53,10 @@ struct Fronts {
         }
     }
 
-    // How many entries of all fronts but `own` are above `value`; kEqual: or equal to it, else only if before `position`.
+    // How many entries of all fronts but `own` are above `value`; kEqual: or equal to it, else only if before `position`. If
+    // there are `enough`, not all of them are counted.
     template <bool kEqual>
-    __device__ int before(float value, uint32 position, int own) const {
+    __device__ int before(float value, uint32 position, int own, int enough) const {
         float than[kColumns];
         uint32 at[kColumns];
         int count = 0;
@@ -78,7 +79,8 @@ struct Fronts {
         bool more = false;
         #pragma unroll
         for (int i = 0; i < kColumns; ++i) more |= ptx::load_shared(at[i]) >= than[i];
-        if (__builtin_expect(__any_sync(kAllLanes, more), 0)) {    // equal ones, or a front that goes further
+        const int found = __reduce_add_sync(kAllLanes, count);
+        if (__builtin_expect(found < enough && __any_sync(kAllLanes, more), 0)) {  // equal ones, or a front that goes further
             #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 if (!(ptx::load_shared(at[i]) >= than[i])) continue;
@@ -89,8 +91,9 @@ struct Fronts {
                     if (!precedes(x, value) && (x != value || positions[row * fronts + front] > position)) break;
                 }
             }
+            return __reduce_add_sync(kAllLanes, count);
         }
-        return __reduce_add_sync(kAllLanes, count);
+        return found;
     }
 
     // Only one lane puts.
@@ -137,7 +140,7 @@ struct Fronts {
         #pragma unroll 1
         while (i < entries) {
             const float value = i < kRows ? memory.values[i * fronts + own] : values[i * fronts + own];
-            const int at = i + before<false>(value, position, own);
+            const int at = i + before<false>(value, position, own, p.k - i);
             if (at >= p.k) break;
             if (lane == 0 && key_of(value) >= least) put(results, at, position, place, value);
             i += kTogether;
@@ -154,7 +157,7 @@ struct Fronts {
         const uint32 least = this->least();
         keep(words);
         __syncthreads();
-        const int reached = least == kAllLanes ? 0 : before<true>(value_of(least), kNowhere, kNoFront);
+        const int reached = least == kAllLanes ? 0 : before<true>(value_of(least), kNowhere, kNoFront, p.k);
         if (__builtin_expect(reached >= p.k, 1)) return;
         __syncthreads();
         Of block(memory.of);

@@ -21,7 +21,8 @@ EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _MOST_REQUESTS = 1024  # of a decode step
-FRONTS_TILES = 8  # of a warp, that a block keeps
+# One token whose blocks leave fronts: how many blocks, so that fronts hardly ever lack a key; tiles of a warp, at most
+LEAST_FRONTS, MOST_FRONTS, _FRONTS_TILES = 96, 256, 22
 _QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 _SIZES = 64  # of calls that are remembered: all layers of a step make the same one
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
@@ -246,7 +247,7 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         call, parameters = f"Paged<{sizes}, {config.page}, {types}, {reading}>::{run}(p);", PagedParams
         if config.fronts:
             page, header, parameters = f"{page}_fronts{config.fronts}", "paged_fronts.cuh", PagedFrontsParams
-            types = f"{weight}, {config.warps}, {reading}, {FRONTS_TILES}, {config.fronts}"
+            types = f"{weight}, {config.warps}, {reading}, {_FRONTS_TILES}, {config.fronts}"
             call = f"PagedFronts<{sizes}, {config.page}, {types}>::run(p);"
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
@@ -311,6 +312,11 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     inverse, spare = (min(2**32 - 1, 2**32 // number) for number in (takers, takers - rows))
     pairs = int(shares % 2 == 0 and not config.block)  # of lists it has not been timed
     return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), pairs, inverse, spare)
+
+
+def fronts_columns(blocks: int) -> int:
+    """So many keys a token may have whose blocks leave fronts: of any query, since blocks have 8 warps at least."""
+    return 8 * blocks * _FRONTS_TILES * TILE
 
 
 def room_of_front(most: int) -> int:

@@ -100,31 +100,40 @@ struct PagedFronts {
         float most = __uint_as_float(kNanWord);
         each(work, [&](float value, int) { most = fmaxf(most, value); });
         int shift = 0;                             // lanes of a group, so many that there are groups for all busy warps
-        #pragma unroll 1
-        for (; busy > kEach << shift; ++shift) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1 << shift));
+        #pragma unroll
+        for (int i = 0; kEach << i < kWarps; ++i) {
+            const float other = __shfl_xor_sync(kAllLanes, most, 1 << i);
+            if (busy > kEach << i) most = fmaxf(most, other), shift = i + 1;
+        }
         const int group = threadIdx.x >> shift, groups = min(kGroups, kThreads >> shift);
         if (lane.id % (1 << shift) == 0 && group < groups) memory.maxima[group] = most;
+        if (groups + int(threadIdx.x) < kGroups) memory.maxima[groups + threadIdx.x] = __uint_as_float(kNanWord);
         __syncthreads();
         float own[kEach];
-        int above[kEach] = {};
+        int above[kEach][4] = {};
         #pragma unroll
-        for (int i = 0; i < kEach; ++i) own[i] = 32 * i + lane.id < groups ? memory.maxima[32 * i + lane.id] : __uint_as_float(kNanWord);
+        for (int i = 0; i < kEach; ++i) own[i] = memory.maxima[32 * i + lane.id];
         #pragma unroll
-        for (int i = 0; i < kGroups; i += 4) {
-            if (i >= groups) break;
-            const float4 some = *reinterpret_cast<const float4*>(memory.maxima + i);
+        for (int first = 0; first < kGroups; first += 32) {
+            float4 some[8];
             #pragma unroll
-            for (int j = 0; j < kEach; ++j) {
-                ptx::count_if_above(above[j], some.x, own[j]);
-                ptx::count_if_above(above[j], some.y, own[j]);
-                ptx::count_if_above(above[j], some.z, own[j]);
-                ptx::count_if_above(above[j], some.w, own[j]);
+            for (int i = 0; i < 8; ++i) some[i] = *reinterpret_cast<const float4*>(memory.maxima + first + 4 * i);
+            #pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                #pragma unroll
+                for (int j = 0; j < kEach; ++j) {
+                    ptx::count_if_above(above[j][0], some[i].x, own[j]);
+                    ptx::count_if_above(above[j][1], some[i].y, own[j]);
+                    ptx::count_if_above(above[j][2], some[i].z, own[j]);
+                    ptx::count_if_above(above[j][3], some[i].w, own[j]);
+                }
             }
         }
         uint32 gate = kAllLanes;
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-            if (own[i] == own[i] && above[i] < kRank) gate = min(gate, key_of(own[i]));
+            const bool reaches = above[i][0] + above[i][1] + above[i][2] + above[i][3] < kRank;
+            if (own[i] == own[i] && reaches) gate = min(gate, key_of(own[i]));
         }
         gate = __reduce_min_sync(kAllLanes, gate);
         return gate == kAllLanes ? key_of(lowest()) : gate;
@@ -143,7 +152,7 @@ struct PagedFronts {
         const int warp = threadIdx.x / 32, slots = gridDim.x, slot = blockIdx.x;
         const int keys = p.windows.end(0, 0);
         const Work work(p, keys);
-        const int busy = min(kWarps, max(0, work.items - slot + slots - 1) / slots);
+        const int busy = __popc(__ballot_sync(kAllLanes, lane.id < kWarps && slot + slots * lane.id < work.items));
         uint32 gate = key_of(lowest());
         if (work.eights || busy <= kEach) __syncthreads();                     // so few that all are published
         else gate = gate_of(work, busy, memory, lane);
@@ -158,17 +167,21 @@ struct PagedFronts {
         });
         __syncthreads();
         const int listed = memory.listed, count = listed <= kRoom ? listed : 0;
+        constexpr int kOthers = kRoom / 32;
+        uint2 others[kOthers];
+        #pragma unroll
+        for (int i = 0; i < kOthers; ++i) {
+            others[i] = {kNanWord, kNowhere};
+            if (32 * i + lane.id < count) others[i] = memory.list[32 * i + lane.id];
+        }
         #pragma unroll 1
         for (int i = warp; i < count; i += kWarps) {
             const uint2 entry = memory.list[i];
             uint32 page = 0;
             if (p.places) page = ptx::load_word(p.keys.block_table + entry.y / kPage);
             int rank = 0;
-            #pragma unroll 1
-            for (int first = 0; first < count; first += 32) {
-                const bool above = first + lane.id < count && is_above(memory.list[first + lane.id], entry);
-                rank += __popc(__ballot_sync(kAllLanes, above));
-            }
+            #pragma unroll
+            for (int j = 0; j < kOthers; ++j) rank += __popc(__ballot_sync(kAllLanes, is_above(others[j], entry)));
             const int at = rank * slots + slot;
             if (lane.id == 0) {
                 p.values[at] = __uint_as_float(entry.x), p.positions[at] = entry.y;

@@ -1,4 +1,4 @@
-"""Launcher of topk.cuh: configuration, workspace, parameters, grids."""
+"""Launcher of topk.cuh and fronts.cuh: configuration, workspace, parameters, grids."""
 
 import ctypes
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from functools import cache, cached_property
 import torch
 
 from ..jit import Kernel, launch
-from .logits import places_of_fronts, room_of_front
+from .logits import fronts_bytes, places_of_fronts, room_of_front
 from .windows import Windows
 
 _MOST_PARTS = 64
@@ -49,23 +49,37 @@ class TopkParams(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class Fronts:
-    """How fronts.cuh is compiled: for so many fronts, and a choice of `most` keys."""
+    """How the largest keys of a row are chosen out of the fronts that so many blocks of its logits have left.
 
-    fronts: int
+    most     the largest k: 512, 1,024 or 2,048
+    threads  of a block
+    own      fronts that a block puts the entries of
+    """
+
+    blocks: int
     most: int
     threads: int = 512
     own: int = 2
 
     @cached_property
     def kernel(self) -> Kernel:
-        columns = -(-self.fronts // 32)
-        name = f"topk_fronts_k{self.most}_t{self.threads}_o{self.own}_c{columns}"
+        columns = -(-self.blocks // 32)
         body = f"    Fronts<{self.threads}, {self.own}, {columns}, {self.most}>::run(p);"
+        name = f"topk_fronts_k{self.most}_t{self.threads}_o{self.own}_c{columns}"
         return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, follows=True)
 
     @property
     def grid(self) -> tuple[int, int]:
-        return 1, -(-self.fronts // self.own) + 1
+        return 1, -(-self.blocks // self.own) + 1
+
+    @property
+    def bytes(self) -> int:
+        return fronts_bytes(self.blocks, self.most)
+
+
+@cache
+def fronts(blocks: int, k: int) -> Fronts:
+    return Fronts(blocks, next(most for most in (512, 1024, 2048) if k <= most))
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,7 @@ class Config:
 
 
 _LOGITS = {torch.float32: ("fp32", "float"), torch.bfloat16: ("bf16", "ptx::bf16")}
-_config, fronts = cache(Config), cache(Fronts)
+_config = cache(Config)
 
 
 def configure(
@@ -230,11 +244,11 @@ def topk(config: Config, parts: int, *, workspace: torch.Tensor | None, **given)
     launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)
 
 
-def of_fronts(form: Fronts, *, workspace: torch.Tensor, **given) -> None:
-    """The choice of one row, out of the fronts that its logits' blocks have left (`logits.paged`)."""
-    p, inputs, outputs = _parameters(form.fronts, **given)
+def choose_of_fronts(form: Fronts, workspace: torch.Tensor, **given) -> None:
+    """The choice of one row, out of the fronts that its logits' blocks have left in `workspace` (`logits.paged`)."""
+    p, inputs, outputs = _parameters(form.blocks, **given)
     p.front = room_of_front(form.most)
-    p.fronts, _, _, p.gates = places_of_fronts(workspace.data_ptr(), form.fronts, form.most)
+    p.fronts, _, _, p.gates = places_of_fronts(workspace.data_ptr(), form.blocks, form.most)
     launch(form.kernel, given["out"].device, form.grid, p, {**inputs, "workspace": workspace}, outputs)
 
 
@@ -257,10 +271,10 @@ def _parameters(
     compressed: bool = False,
     nowhere: int = -1,
 ) -> tuple[TopkParams, dict, dict]:
-    """Without what parts leave; and what the kernels read and write. Shapes as in `topk.topk`. `bounds`: what `windows`
-    points into. With `unit` a logit stands for a block of so many of what they count, and results are blocks of the run;
-    `compressed`: column 0 is the row's first one. `tokens` rows share one of the table; `nowhere` stands past a row's
-    end."""
+    """What all kernels take, without what is left for a second one; their inputs and outputs. Shapes as in `topk.topk`.
+    `bounds`: what `windows` points into. With `unit` a logit stands for a block of so many of what they count, and
+    results are blocks of the run; `compressed`: column 0 is the row's first one. `tokens` rows share one of the table;
+    `nowhere` stands past a row's end."""
     p = TopkParams()
     p.logits = logits.data_ptr()
     p.logits_stride = logits.stride()[0]
