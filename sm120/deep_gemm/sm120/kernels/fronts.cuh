@@ -97,10 +97,10 @@ struct Fronts {
     }
 
     // Only one lane puts.
-    __device__ void put(const typename Lies::Results& results, int at, uint32 position, uint32 place, float value) const {
-        results.out[at] = place + results.offset;
-        if (results.positions) results.positions[at] = position;
-        if (results.scores) results.scores[at] = value;
+    __device__ void put(int at, uint32 position, uint32 place, float value) const {
+        p.out[at] = place;
+        if (p.positions) p.positions[at] = position;
+        if (p.scores) p.scores[at] = value;
     }
 
     // All that is needed is asked for at once: blocks are set up late, where the logits' have left an SM.
@@ -130,19 +130,17 @@ struct Fronts {
         int i = warp / kOwn;
         uint32 position = ptx::load_word(positions + i * fronts + shown), place = ptx::load_word(places + i * fronts + shown);
         const int entries = own < fronts ? ptx::load_word(&heads[shown].y) : 0;
-        const auto bounds = Lies::read(Lies::sources(p));
+        const int keys = p.windows.end(0, 0);
         const uint32 least = this->least();
         keep(words);
-        const Lies row(p, bounds);
-        if (row.length <= p.k) return;
-        const auto results = row.results();
+        if (keys <= p.k) return;
         __syncthreads();
         #pragma unroll 1
         while (i < entries) {
             const float value = i < kRows ? memory.values[i * fronts + own] : values[i * fronts + own];
             const int at = i + before<false>(value, position, own, p.k - i);
             if (at >= p.k) break;
-            if (lane == 0 && key_of(value) >= least) put(results, at, position, place, value);
+            if (lane == 0 && key_of(value) >= least) put(at, position, place, value);
             i += kTogether;
             if (i >= entries) break;
             position = ptx::load_word(positions + i * fronts + own), place = ptx::load_word(places + i * fronts + own);
@@ -172,7 +170,7 @@ struct Fronts {
             const bool mine = i < p.k && (least == kAllLanes || key_of(value) < least);
             const auto places = block.share_out(mine);
             uint32 place[1];
-            if (mine) results.find_places(position, place), put(results, filled + places.first, position[0], place[0], value);
+            if (mine) results.find_places(position, place), put(filled + places.first, position[0], place[0], value);
             filled += places.total;
         }
     }

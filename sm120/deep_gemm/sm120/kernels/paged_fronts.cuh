@@ -106,7 +106,7 @@ struct PagedFronts {
             if (busy > kEach << i) most = fmaxf(most, other), shift = i + 1;
         }
         const int group = threadIdx.x >> shift, groups = min(kGroups, kThreads >> shift);
-        if (lane.id % (1 << shift) == 0 && group < groups) memory.maxima[group] = most;
+        if ((lane.id & ((1 << shift) - 1)) == 0 && group < groups) memory.maxima[group] = most;
         if (groups + int(threadIdx.x) < kGroups) memory.maxima[groups + threadIdx.x] = __uint_as_float(kNanWord);
         __syncthreads();
         float own[kEach];
