@@ -21,33 +21,39 @@ struct Fronts {
     using Of = Block<kThreads, 9, 1, kMost, false>;
     using Lies = Row<float, false>;
 
-    union Memory {
-        alignas(16) float values[kRows * 32 * kColumns];
-        typename Of::Memory of;
+    struct Memory {
+        union {
+            alignas(16) float values[kRows * 32 * kColumns];
+            typename Of::Memory of;
+        };
+        uint32 least;                              // what entries have to reach to be put, as a key
     };
+
+    static constexpr int kPitch = 32 * kColumns;                                   // of a row of all fronts, in elements
 
     const TopkParams& p;
     Memory& memory;
     const int fronts = p.parts, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint2* heads = reinterpret_cast<const uint2*>(p.gates);                  // {gate, as a key; entries}
-    const float* values = reinterpret_cast<const float*>(p.fronts);                // [kRoom][fronts]
-    const uint32* positions = reinterpret_cast<const uint32*>(values + kRoom * fronts);
-    const uint32* places = positions + (p.table ? kRoom * fronts : 0);
+    const float* values = reinterpret_cast<const float*>(p.fronts);                // [kRoom][kPitch]
+    const uint32* positions = reinterpret_cast<const uint32*>(values) + kRoom * kPitch;
+    const uint32* places = positions + (p.table ? kRoom * kPitch : 0);
 
     // The first rows of all fronts.
-    static constexpr int kVectors = kRows * 32 * kColumns / 4, kEach = (kVectors + kThreads - 1) / kThreads;
+    static constexpr int kVectors = kRows * kPitch / 4, kEach = (kVectors + kThreads - 1) / kThreads;
+    __device__ bool has(int vector) const { return vector < kVectors && vector % (kPitch / 4) * 4 < fronts; }
     __device__ void load(uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
-            ptx::load_if(words[i], values + 4 * at, at < kRows / 4 * fronts);
+            ptx::load_if(words[i], values + 4 * at, has(at));
         }
     }
     __device__ void keep(const uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
-            if (at < kRows / 4 * fronts) {
+            if (has(at)) {
                 *reinterpret_cast<uint4*>(memory.values + 4 * at) = {words[i][0], words[i][1], words[i][2], words[i][3]};
             }
         }
@@ -58,40 +64,43 @@ struct Fronts {
     template <bool kEqual>
     __device__ int before(float value, uint32 position, int own, int enough) const {
         float than[kColumns];
-        uint32 at[kColumns];
-        int count = 0;
-        const uint32 pitch = fronts * sizeof(float), first = ptx::shared_address(memory.values) + lane * sizeof(float);
+        uint32 at[kColumns], rows = 0;             // in bytes
+        const uint32 first = ptx::shared_address(memory.values) + lane * sizeof(float);
+        constexpr uint32 kRow = kPitch * sizeof(float);
         #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const int front = 32 * i + lane;
-            const bool there = front < fronts;
-            than[i] = there && front != own ? value : __uint_as_float(kNanWord);
-            at[i] = there ? first + 32 * i * sizeof(float) : first;
+            than[i] = front < fronts && front != own ? value : __uint_as_float(kNanWord);
+            at[i] = first + 32 * i * sizeof(float);
         }
         const auto precedes = [](float x, float y) { return kEqual ? x >= y : x > y; };
         #pragma unroll
         for (int step = kRows / 2; step > 0; step /= 2) {
             #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
-                if (precedes(ptx::load_shared(at[i] + (step - 1) * pitch), than[i])) at[i] += step * pitch, count += step;
+                if (precedes(ptx::load_shared(at[i] + (step - 1) * kRow), than[i])) at[i] += step * kRow;
             }
         }
         bool more = false;
         #pragma unroll
-        for (int i = 0; i < kColumns; ++i) more |= ptx::load_shared(at[i]) >= than[i];
-        const int found = __reduce_add_sync(kAllLanes, count);
+        for (int i = 0; i < kColumns; ++i) {
+            more |= ptx::load_shared(at[i]) >= than[i];
+            rows += at[i] - (first + 32 * i * sizeof(float));
+        }
+        const int found = __reduce_add_sync(kAllLanes, rows) / kRow;
         if (__builtin_expect(found < enough && __any_sync(kAllLanes, more), 0)) {  // equal ones, or a front that goes further
+            int count = 0;
             #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 if (!(ptx::load_shared(at[i]) >= than[i])) continue;
                 const int front = 32 * i + lane, entries = heads[front].y;
                 #pragma unroll 1
-                for (int row = (at[i] - first) / pitch; row < entries; ++row, ++count) {
-                    const float x = row < kRows ? memory.values[row * fronts + front] : values[row * fronts + front];
-                    if (!precedes(x, value) && (x != value || positions[row * fronts + front] > position)) break;
+                for (int row = (at[i] - first) / kRow; row < entries; ++row, ++count) {
+                    const float x = row < kRows ? memory.values[row * kPitch + front] : values[row * kPitch + front];
+                    if (!precedes(x, value) && (x != value || positions[row * kPitch + front] > position)) break;
                 }
             }
-            return __reduce_add_sync(kAllLanes, count);
+            return found + __reduce_add_sync(kAllLanes, count);
         }
         return found;
     }
@@ -115,9 +124,9 @@ struct Fronts {
         else all.place(words);
     }
 
-    // The largest gate, as a key.
+    // The largest gate, or, if the row is chosen whole, what none reaches.
     __device__ uint32 least() const {
-        uint32 gate = kNothing;
+        uint32 gate = p.windows.end(0, 0) > p.k ? kNothing : kAllLanes;
         #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             if (32 * i + lane < fronts) gate = max(gate, ptx::load_word(heads + 32 * i + lane));
@@ -128,22 +137,24 @@ struct Fronts {
     __device__ void place(const uint32 (&words)[kEach][4]) const {
         const int own = blockIdx.y * kOwn + warp % kOwn, shown = min(own, fronts - 1);
         int i = warp / kOwn;
-        uint32 position = ptx::load_word(positions + i * fronts + shown), place = ptx::load_word(places + i * fronts + shown);
+        uint32 position = ptx::load_word(positions + i * kPitch + shown), place = ptx::load_word(places + i * kPitch + shown);
         const int entries = own < fronts ? ptx::load_word(&heads[shown].y) : 0;
-        const int keys = p.windows.end(0, 0);
-        const uint32 least = this->least();
+        if (warp == kWarps - 1) memory.least = least();
         keep(words);
-        if (keys <= p.k) return;
         __syncthreads();
         #pragma unroll 1
         while (i < entries) {
-            const float value = i < kRows ? memory.values[i * fronts + own] : values[i * fronts + own];
+            const int next = i + kTogether;
+            uint32 next_position = 0, next_place = 0;
+            if (next < entries) {
+                next_position = ptx::load_word(positions + next * kPitch + own);
+                next_place = ptx::load_word(places + next * kPitch + own);
+            }
+            const float value = i < kRows ? memory.values[i * kPitch + own] : values[i * kPitch + own];
             const int at = i + before<false>(value, position, own, p.k - i);
             if (at >= p.k) break;
-            if (lane == 0 && key_of(value) >= least) put(at, position, place, value);
-            i += kTogether;
-            if (i >= entries) break;
-            position = ptx::load_word(positions + i * fronts + own), place = ptx::load_word(places + i * fronts + own);
+            if (lane == 0 && key_of(value) >= memory.least) put(at, position, place, value);
+            i = next, position = next_position, place = next_place;
         }
     }
 

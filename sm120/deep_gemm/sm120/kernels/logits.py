@@ -324,14 +324,19 @@ def room_of_front(most: int) -> int:
     return 64 if most <= 1024 else 128
 
 
+def _pitch(blocks: int) -> int:
+    """Of a row of all fronts."""
+    return -(-blocks // 32) * 32
+
+
 def fronts_bytes(blocks: int, most: int) -> int:
     """What the blocks of one token leave for the choice of at most `most` keys (fronts.cuh)."""
-    return blocks * (12 * room_of_front(most) + 8)
+    return 12 * _pitch(blocks) * room_of_front(most) + 8 * blocks
 
 
 def places_of_fronts(address: int, blocks: int, most: int) -> tuple[int, ...]:
     """Of values, positions, places and heads."""
-    size = 4 * blocks * room_of_front(most)
+    size = 4 * _pitch(blocks) * room_of_front(most)
     return address, address + size, address + 2 * size, address + 3 * size
 
 

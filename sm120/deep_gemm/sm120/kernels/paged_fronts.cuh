@@ -18,7 +18,7 @@ struct PagedFrontsParams : PagedParams {
     uint2* heads;                // [blocks] {gate, as a key; entries of the front}
     float* values;               // [room][blocks] NaN past a front's end, in the rows that fronts.cuh reads of all
     uint32* positions;           // [room][blocks]
-    uint32* places;              // [room][blocks] in the cache, or null
+    uint32* places;              // [room][blocks] in the cache, or null; `blocks` rounded up to whole warps of columns
 };
 
 // Logits that are stored, and kept by the block.
@@ -149,7 +149,7 @@ struct PagedFronts {
         if (threadIdx.x == 0) memory.listed = 0;
         Scored::run_one(p);
         const Lane lane;
-        const int warp = threadIdx.x / 32, slots = gridDim.x, slot = blockIdx.x;
+        const int warp = threadIdx.x / 32, slots = gridDim.x, slot = blockIdx.x, pitch = (slots + 31) & ~31;
         const int keys = p.windows.end(0, 0);
         const Work work(p, keys);
         const int busy = __popc(__ballot_sync(kAllLanes, lane.id < kWarps && slot + slots * lane.id < work.items));
@@ -158,12 +158,9 @@ struct PagedFronts {
         else gate = gate_of(work, busy, memory, lane);
         const float least = value_of(gate);
         each(work, [&](float value, int item) {
-            const uint32 reach = __ballot_sync(kAllLanes, value >= least);
-            if (reach == 0) return;
-            int place = 0;
-            if (lane.id == 0) place = atomicAdd(&memory.listed, __popc(reach));
-            place = __shfl_sync(kAllLanes, place, 0) + __popc(reach & ((1u << lane.id) - 1));
-            if (value >= least && place < kRoom) memory.list[place] = {__float_as_uint(value + 0.0f), work.key(item, lane)};
+            if (!(value >= least)) return;
+            const int place = atomicAdd(&memory.listed, 1);
+            if (place < kRoom) memory.list[place] = {__float_as_uint(value + 0.0f), work.key(item, lane)};
         });
         __syncthreads();
         const int listed = memory.listed, count = listed <= kRoom ? listed : 0;
@@ -182,14 +179,14 @@ struct PagedFronts {
             int rank = 0;
             #pragma unroll
             for (int j = 0; j < kOthers; ++j) rank += __popc(__ballot_sync(kAllLanes, is_above(others[j], entry)));
-            const int at = rank * slots + slot;
+            const int at = rank * pitch + slot;
             if (lane.id == 0) {
                 p.values[at] = __uint_as_float(entry.x), p.positions[at] = entry.y;
                 if (p.places) p.places[at] = page * kPage + entry.y % kPage;
             }
         }
         for (int i = count + threadIdx.x; i < kRows; i += kThreads) {
-            const int at = i * slots + slot;
+            const int at = i * pitch + slot;
             p.values[at] = __uint_as_float(kNanWord), p.positions[at] = kNowhere;
             if (p.places) p.places[at] = kNowhere;
         }

@@ -54,19 +54,21 @@ class Fronts:
     most     the largest k: 512, 1,024 or 2,048
     threads  of a block
     own      fronts that a block puts the entries of
+    of_sm    blocks of an SM, that registers are left for
     """
 
     blocks: int
     most: int
     threads: int = 512
     own: int = 2
+    of_sm: int = 1
 
     @cached_property
     def kernel(self) -> Kernel:
         columns = -(-self.blocks // 32)
         body = f"    Fronts<{self.threads}, {self.own}, {columns}, {self.most}>::run(p);"
         name = f"topk_fronts_k{self.most}_t{self.threads}_o{self.own}_c{columns}"
-        return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, follows=True)
+        return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, self.of_sm, follows=True)
 
     @property
     def grid(self) -> tuple[int, int]:
