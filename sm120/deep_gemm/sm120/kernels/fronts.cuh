@@ -41,63 +41,59 @@ struct Fronts {
 
     // The first rows of all fronts.
     static constexpr int kVectors = kRows * kPitch / 4, kEach = (kVectors + kThreads - 1) / kThreads;
-    __device__ bool has(int vector) const { return vector < kVectors && vector % (kPitch / 4) * 4 < fronts; }
     __device__ void load(uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
-            ptx::load_if(words[i], values + 4 * at, has(at));
+            ptx::load_if(words[i], values + 4 * at, at < kVectors);
         }
     }
     __device__ void keep(const uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
-            if (has(at)) {
+            if (at < kVectors) {
                 *reinterpret_cast<uint4*>(memory.values + 4 * at) = {words[i][0], words[i][1], words[i][2], words[i][3]};
             }
         }
     }
 
-    // How many entries of all fronts but `own` are above `value`; kEqual: or equal to it, else only if before `position`. If
-    // there are `enough`, not all of them are counted.
+    // How many entries of all fronts are above `value`, of which one, at `position`, has it; or are equal to that, and before
+    // it. kEqual: are above or equal to any value. If there are `enough`, not all of them are counted. `further`: an entry
+    // lies so far behind in its front that bisection does not find it.
     template <bool kEqual>
-    __device__ int before(float value, uint32 position, int own, int enough) const {
-        float than[kColumns];
-        uint32 at[kColumns], rows = 0;             // in bytes
+    __device__ int before(float value, uint32 position, bool further, int enough) const {
+        uint32 at[kColumns], total = 0;            // in bytes; and how many are found, above the entries that are met there
         const uint32 first = ptx::shared_address(memory.values) + lane * sizeof(float);
         constexpr uint32 kRow = kPitch * sizeof(float);
         #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-            const int front = 32 * i + lane;
-            than[i] = front < fronts && front != own ? value : __uint_as_float(kNanWord);
-            at[i] = first + 32 * i * sizeof(float);
-        }
+        for (int i = 0; i < kColumns; ++i) at[i] = first + 32 * i * sizeof(float);
         const auto precedes = [](float x, float y) { return kEqual ? x >= y : x > y; };
         #pragma unroll
         for (int step = kRows / 2; step > 0; step /= 2) {
             #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
-                if (precedes(ptx::load_shared(at[i] + (step - 1) * kRow), than[i])) at[i] += step * kRow;
+                if (precedes(ptx::load_shared(at[i] + (step - 1) * kRow), value)) at[i] += step * kRow;
             }
         }
-        bool more = false;
         #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            more |= ptx::load_shared(at[i]) >= than[i];
-            rows += at[i] - (first + 32 * i * sizeof(float));
+            total += at[i] - (first + 32 * i * sizeof(float));
+            if (ptx::load_shared(at[i]) >= value) ++total;
         }
-        const int found = __reduce_add_sync(kAllLanes, rows) / kRow;
-        if (__builtin_expect(found < enough && __any_sync(kAllLanes, more), 0)) {  // equal ones, or a front that goes further
+        total = __reduce_add_sync(kAllLanes, total);
+        const int found = total / kRow, met = total % kRow;
+        // Equal ones, or a front that goes further.
+        if (__builtin_expect(found < enough && (met != !kEqual || further), 0)) {
             int count = 0;
             #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
-                if (!(ptx::load_shared(at[i]) >= than[i])) continue;
+                if (!(ptx::load_shared(at[i]) >= value)) continue;
                 const int front = 32 * i + lane, entries = heads[front].y;
                 #pragma unroll 1
                 for (int row = (at[i] - first) / kRow; row < entries; ++row, ++count) {
                     const float x = row < kRows ? memory.values[row * kPitch + front] : values[row * kPitch + front];
-                    if (!precedes(x, value) && (x != value || positions[row * kPitch + front] > position)) break;
+                    if (!precedes(x, value) && (x != value || positions[row * kPitch + front] >= position)) break;
                 }
             }
             return found + __reduce_add_sync(kAllLanes, count);
@@ -151,7 +147,7 @@ struct Fronts {
                 next_place = ptx::load_word(places + next * kPitch + own);
             }
             const float value = i < kRows ? memory.values[i * kPitch + own] : values[i * kPitch + own];
-            const int at = i + before<false>(value, position, own, p.k - i);
+            const int at = before<false>(value, position, i >= kRows, p.k);
             if (at >= p.k) break;
             if (lane == 0 && key_of(value) >= memory.least) put(at, position, place, value);
             i = next, position = next_position, place = next_place;
@@ -166,7 +162,7 @@ struct Fronts {
         const uint32 least = this->least();
         keep(words);
         __syncthreads();
-        const int reached = least == kAllLanes ? 0 : before<true>(value_of(least), kNowhere, kNoFront, p.k);
+        const int reached = least == kAllLanes ? 0 : before<true>(value_of(least), kNowhere, false, p.k);
         if (__builtin_expect(reached >= p.k, 1)) return;
         __syncthreads();
         Of block(memory.of);
@@ -185,6 +181,4 @@ struct Fronts {
             filled += places.total;
         }
     }
-
-    static constexpr int kNoFront = -1;
 };

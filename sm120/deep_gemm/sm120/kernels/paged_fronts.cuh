@@ -190,6 +190,9 @@ struct PagedFronts {
             p.values[at] = __uint_as_float(kNanWord), p.positions[at] = kNowhere;
             if (p.places) p.places[at] = kNowhere;
         }
+        if (slot < pitch - slots && threadIdx.x < kRows) {         // columns of no block
+            p.values[threadIdx.x * pitch + slots + slot] = __uint_as_float(kNanWord);
+        }
         if (threadIdx.x == 0) p.heads[slot] = {listed <= kRoom ? gate : kAllLanes, uint32(count)};
     }
 };
