@@ -73,10 +73,9 @@ def warmup(
         )
     if topk:
         kernels += _topk_kernels(topk, logits_dtype, sms_to_use(place), sparse_block_kv > 0)
-        if paged and logits_dtype == torch.float32:
-            kernels += _front_kernels(
-                arch, heads, dim, block_kv, fp4, topk, sms_to_use(place), weights_dtype, alignment
-            )
+        sms = sms_to_use(place)
+        if paged and any(logits.leaves_fronts(1, columns, topk, sms) for columns in _COLUMNS):
+            kernels += _front_kernels(arch, heads, dim, block_kv, fp4, sms, weights_dtype, alignment)
     if sparse_block_kv:
         if dim != 128 or block_kv % sparse_block_kv:
             checks.refuse("sparse_block_kv", sparse_block_kv, "dim = 128, and pages of a multiple of the block")
@@ -107,16 +106,12 @@ def _kernels(
     return kernels
 
 
-def _front_kernels(arch, heads, dim, block_kv, fp4, k, num_sms, weights_dtype, alignment) -> list[Kernel]:
-    """What scores and chooses the keys of one token, if the number of SMs is one for that."""
-    if not logits.LEAST_FRONTS <= num_sms <= logits.MOST_FRONTS:
-        return []
-    form = topk.fronts(num_sms, k)
+def _front_kernels(arch, heads, dim, block_kv, fp4, num_sms, weights_dtype, alignment) -> list[Kernel]:
+    """What scores and chooses the keys of one token."""
     config = logits.configure(
-        arch, fp4, heads, dim, block_kv, weights_dtype, torch.float32, few_rows=1, alignment=alignment,
-        fronts=form.most,
-    )  # fmt: skip
-    return [config.kernel, form.kernel]
+        arch, fp4, heads, dim, block_kv, weights_dtype, torch.float32, few_rows=1, alignment=alignment, fronts=True
+    )
+    return [config.kernel, topk.fronts(num_sms).kernel]
 
 
 def _sparse_kernels(
@@ -201,7 +196,7 @@ def ship(folder: Path) -> None:
     for k in (512, 1024, 2048):
         kernels += _topk_kernels(k, torch.float32, EMULATED_SMS, sparse=k == 512)
     for heads, fp4 in itertools.product((64, 32), (False, True)):
-        kernels += _front_kernels(arch, heads, 128, 64, fp4, 512, EMULATED_SMS, torch.float32, 32)
+        kernels += _front_kernels(arch, heads, 128, 64, fp4, EMULATED_SMS, torch.float32, 32)
     distinct = _distinct(kernels)
     size = shipped.write(folder, distinct, arch)
     print(f"{len(distinct)} kernels for {arch}, {size >> 10} KiB")

@@ -18,7 +18,7 @@ from .arguments import LARGEST_K
 from .checks import Open, refuse
 from .kernels import carry, listed_columns, metadata, sparse
 from .kernels import topk as kernels
-from .kernels.logits import LEAST_FRONTS, MOST_FRONTS, fronts_columns
+from .kernels.logits import fronts_bytes, leaves_fronts
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
 from .paged import paged_logits
 from .ragged import ragged_logits
@@ -251,12 +251,12 @@ def fp8_fp4_paged_mqa_topk(
         for piece in plan.run(workspace, limit, windows, {"context_lens": context_lens}, results):
             score(piece.rows, piece.keys, piece.ends.view(batch, next_n), piece.logits)
         return out
-    if form := plan.fronts(slots):
+    if slots <= plan.blocks and leaves_fronts(rows, max_context_len, k, slots):
         one, keys = slice(0, 1), slice(0, max_context_len)
         logits, fronts = plan.logits(workspace, one, device), workspace[plan.logits_bytes :]
-        score(one, keys, context_lens, logits, results.least, most=form.most, fronts=fronts, translate=translate)
+        score(one, keys, context_lens, logits, results.least, fronts=fronts, translate=translate)
         kernels.choose_of_fronts(
-            form, fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), k=k,
+            kernels.fronts(slots), fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), k=k,
             ends_are_lengths=False, bounds={"context_lens": context_lens}, **results._asdict(),
         )  # fmt: skip
         return out
@@ -487,15 +487,9 @@ class _Turns:
         self.config, self.parts = kernels.configure(torch.float32, k, max(step, 1), columns, num_sms)
         self.logits_bytes = 4 * step * _stride(columns)
         self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, step, self.parts)
-        self.blocks = num_sms if rows == 1 else 0  # that may leave fronts
+        self.blocks = num_sms if leaves_fronts(rows, columns, k, num_sms) else 0  # for whose fronts there is room
         if self.blocks:
-            self.bytes = max(self.bytes, self.logits_bytes + kernels.fronts(self.blocks, k).bytes)
-
-    def fronts(self, slots: int) -> "kernels.Fronts | None":
-        """How the keys of one token are chosen out of the fronts of its logits' blocks, where that is how."""
-        if not LEAST_FRONTS <= slots <= min(self.blocks, MOST_FRONTS) or self.columns > fronts_columns(slots):
-            return None
-        return kernels.fronts(slots, self.k)
+            self.bytes = max(self.bytes, self.logits_bytes + fronts_bytes(num_sms))
 
     def turns(self) -> Iterator[slice]:
         for first in range(0, self.rows, self.step):

@@ -4,7 +4,7 @@
 // Place   an entry's place among all is a sum over the fronts: of those in a front that come before it, found by bisection,
 //         since fronts are in order. So nothing is counted, and no entry waits for another one: its warp finds its place, and
 //         puts it there. The results of a row are in the order of their values.
-// Block   a few fronts are its own. It reads the first kRows entries of all of them; what goes further is read where it lies.
+// Block   a few fronts are its own. It reads the first kFrontRows entries of all of them; what goes further is read where it lies.
 // Warp    an entry of an own front, and the next ones as long as they are among the k. Lane: fronts 32 apart.
 // Exact   keys that are missing are below the largest gate. Entries that reach that have their true places, and are put; if
 //         they are fewer than k, the other places are filled slowly, by a block that has no front of its own.
@@ -14,16 +14,15 @@
 #include "topk.cuh"
 
 // Grid: x one row; y one block more than it takes to own all fronts, kOwn each. kColumns: of 32 fronts each, that suffice.
-template <int kThreads, int kOwn, int kColumns, int kMost>
+template <int kThreads, int kOwn, int kColumns>
 struct Fronts {
     static constexpr int kWarps = kThreads / 32, kTogether = kWarps / kOwn;        // entries of a front at a time
-    static constexpr int kRows = kMost <= 1024 ? 16 : 32, kRoom = 4 * kRows;       // as in paged_fronts.cuh
-    using Of = Block<kThreads, 9, 1, kMost, false>;
+    using Of = Block<kThreads, 9, 1, kMostOfFronts, false>;
     using Lies = Row<float, false>;
 
     struct Memory {
         union {
-            alignas(16) float values[kRows * 32 * kColumns];
+            alignas(16) float values[kFrontRows * 32 * kColumns];
             typename Of::Memory of;
         };
         uint32 least;                              // what entries have to reach to be put, as a key
@@ -35,12 +34,12 @@ struct Fronts {
     Memory& memory;
     const int fronts = p.parts, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint2* heads = reinterpret_cast<const uint2*>(p.gates);                  // {gate, as a key; entries}
-    const float* values = reinterpret_cast<const float*>(p.fronts);                // [kRoom][kPitch]
-    const uint32* positions = reinterpret_cast<const uint32*>(values) + kRoom * kPitch;
-    const uint32* places = positions + (p.table ? kRoom * kPitch : 0);
+    const float* values = reinterpret_cast<const float*>(p.fronts);                // [kFrontRoom][kPitch]
+    const uint32* positions = reinterpret_cast<const uint32*>(values) + kFrontRoom * kPitch;
+    const uint32* places = positions + (p.table ? kFrontRoom * kPitch : 0);
 
     // The first rows of all fronts.
-    static constexpr int kVectors = kRows * kPitch / 4, kEach = (kVectors + kThreads - 1) / kThreads;
+    static constexpr int kVectors = kFrontRows * kPitch / 4, kEach = (kVectors + kThreads - 1) / kThreads;
     __device__ void load(uint32 (&words)[kEach][4]) const {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
@@ -70,7 +69,7 @@ struct Fronts {
         for (int i = 0; i < kColumns; ++i) at[i] = first + 32 * i * sizeof(float);
         const auto precedes = [](float x, float y) { return kEqual ? x >= y : x > y; };
         #pragma unroll
-        for (int step = kRows / 2; step > 0; step /= 2) {
+        for (int step = kFrontRows / 2; step > 0; step /= 2) {
             #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 if (precedes(ptx::load_shared(at[i] + (step - 1) * kRow), value)) at[i] += step * kRow;
@@ -92,7 +91,7 @@ struct Fronts {
                 const int front = 32 * i + lane, entries = heads[front].y;
                 #pragma unroll 1
                 for (int row = (at[i] - first) / kRow; row < entries; ++row, ++count) {
-                    const float x = row < kRows ? memory.values[row * kPitch + front] : values[row * kPitch + front];
+                    const float x = row < kFrontRows ? memory.values[row * kPitch + front] : values[row * kPitch + front];
                     if (!precedes(x, value) && (x != value || positions[row * kPitch + front] >= position)) break;
                 }
             }
@@ -146,8 +145,8 @@ struct Fronts {
                 next_position = ptx::load_word(positions + next * kPitch + own);
                 next_place = ptx::load_word(places + next * kPitch + own);
             }
-            const float value = i < kRows ? memory.values[i * kPitch + own] : values[i * kPitch + own];
-            const int at = before<false>(value, position, i >= kRows, p.k);
+            const float value = i < kFrontRows ? memory.values[i * kPitch + own] : values[i * kPitch + own];
+            const int at = before<false>(value, position, i >= kFrontRows, p.k);
             if (at >= p.k) break;
             if (lane == 0 && key_of(value) >= memory.least) put(at, position, place, value);
             i = next, position = next_position, place = next_place;

@@ -21,8 +21,10 @@ EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _MOST_REQUESTS = 1024  # of a decode step
-# One token whose blocks leave fronts: how many blocks, so that fronts hardly ever lack a key; tiles of a warp, at most
-LEAST_FRONTS, MOST_FRONTS, _FRONTS_TILES = 96, 256, 22
+# One token whose blocks leave fronts: so many blocks, that fronts hardly ever lack a key; so many keys chosen, at most;
+# rows longer than that, where it is faster (H200, 29 Nov 2026); tiles that a warp keeps, at most
+_FRONTS, _MOST_OF_FRONTS, _LEAST_COLUMNS, _FRONTS_TILES = range(96, 257), 512, 8192, 22
+_ROOM = 64  # entries of a front
 _QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 _SIZES = 64  # of calls that are remembered: all layers of a step make the same one
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
@@ -139,7 +141,7 @@ class Config:
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
     eights     sparse: one row, and a warp for every eight keys of it; else as `few_rows` says
-    fronts     paged, one token: each block leaves the largest of its logits for a choice of so many at most; 0: no
+    fronts     paged, one token: each block leaves the largest of its logits for the choice
     """
 
     arch: str
@@ -155,7 +157,7 @@ class Config:
     block: int = 0
     maxima: bool = False
     eights: bool = False
-    fronts: int = 0
+    fronts: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -246,8 +248,8 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         reading = f"{past_end}, {str(once).lower()}"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}, {reading}>::{run}(p);", PagedParams
         if config.fronts:
-            page, header, parameters = f"{page}_fronts{config.fronts}", "paged_fronts.cuh", PagedFrontsParams
-            types = f"{weight}, {config.warps}, {reading}, {_FRONTS_TILES}, {config.fronts}"
+            page, header, parameters = f"{page}_fronts", "paged_fronts.cuh", PagedFrontsParams
+            types = f"{weight}, {config.warps}, {reading}, {_FRONTS_TILES}"
             call = f"PagedFronts<{sizes}, {config.page}, {types}>::run(p);"
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
@@ -314,30 +316,26 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), pairs, inverse, spare)
 
 
-def fronts_columns(blocks: int) -> int:
-    """So many keys a token may have whose blocks leave fronts: of any query, since blocks have 8 warps at least."""
-    return 8 * blocks * _FRONTS_TILES * TILE
+def leaves_fronts(rows: int, columns: int, k: int, blocks: int) -> bool:
+    """Whether `k` keys of each row are chosen faster out of what so many blocks of its logits leave. Any query's blocks
+    have 8 warps at least, which have room for a row's logits."""
+    room = 8 * blocks * _FRONTS_TILES * TILE
+    return rows == 1 and blocks in _FRONTS and k <= _MOST_OF_FRONTS and _LEAST_COLUMNS < columns <= room
 
 
-def room_of_front(most: int) -> int:
-    """Entries, as in paged_fronts.cuh."""
-    return 64 if most <= 1024 else 128
+def _room_of_fronts(blocks: int) -> int:
+    """Bytes of one of a front's three, as of all."""
+    return 4 * -(-blocks // 32) * 32 * _ROOM
 
 
-def _pitch(blocks: int) -> int:
-    """Of a row of all fronts."""
-    return -(-blocks // 32) * 32
+def fronts_bytes(blocks: int) -> int:
+    """What the blocks of one token leave for the choice (fronts.cuh)."""
+    return 3 * _room_of_fronts(blocks) + 8 * blocks
 
 
-def fronts_bytes(blocks: int, most: int) -> int:
-    """What the blocks of one token leave for the choice of at most `most` keys (fronts.cuh)."""
-    return 12 * _pitch(blocks) * room_of_front(most) + 8 * blocks
-
-
-def places_of_fronts(address: int, blocks: int, most: int) -> tuple[int, ...]:
+def places_of_fronts(address: int, blocks: int) -> tuple[int, ...]:
     """Of values, positions, places and heads."""
-    size = 4 * _pitch(blocks) * room_of_front(most)
-    return address, address + size, address + 2 * size, address + 3 * size
+    return tuple(address + i * _room_of_fronts(blocks) for i in range(4))
 
 
 class Plan(NamedTuple):
@@ -350,7 +348,7 @@ class Plan(NamedTuple):
 
 def plan_paged(
     arch: str, query: Query, weights: torch.Tensor, kv_cache: torch.Tensor, page: int, page_stride: int,
-    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima, fronts: int = 0,
+    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima, fronts: bool = False,
 ) -> Plan:  # fmt: skip
     """Of checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
     rows, next_n = windows.rows, windows.next_n
@@ -401,7 +399,7 @@ def paged(
     kv_cache, context_lens, block_table, schedule_meta, and in FP4 q's scales. Returns what the rows see."""
     p = type(plan.parameters).from_buffer_copy(plan.parameters)
     if fronts is not None:
-        p.values, p.positions, places, p.heads = places_of_fronts(fronts.data_ptr(), plan.grid[0], plan.config.fronts)
+        p.values, p.positions, places, p.heads = places_of_fronts(fronts.data_ptr(), plan.grid[0])
         p.places = places if translate else None
     p.query, p.weights, p.keys, p.windows.ends, p.block_table, p.schedule = addresses[:6]
     return _start(plan, p, inputs, addresses, out, maxima, fronts)

@@ -18,3 +18,7 @@ __device__ inline uint32 key_of(float x) {
 __device__ inline float value_of(uint32 key) {
     return __uint_as_float(key & kZero ? key ^ kZero : ~key);
 }
+
+// Of a front, the largest logits of a block (paged_fronts.cuh): so many at most, of which fronts.cuh reads the first of all
+// fronts; and what they are a choice of, at most.
+constexpr int kFrontRoom = 64, kFrontRows = 16, kMostOfFronts = 512;

@@ -50,14 +50,11 @@ struct Stored<Kept<kWarps, kTiles>> : Stored<float> {
     }
 };
 
-// kTiles: of a warp, at most. kMost: the largest k.
-template <class Format, int kHeads, int kPage, class Weight, int kWarps, bool kPastEnd, bool kOnce, int kTiles, int kMost>
+// kTiles: of a warp, at most.
+template <class Format, int kHeads, int kPage, class Weight, int kWarps, bool kPastEnd, bool kOnce, int kTiles>
 struct PagedFronts {
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kEach = kMost <= 512 ? 1 : kMost <= 1024 ? 2 : 4;         // groups that a lane looks at
-    static constexpr int kGroups = 32 * kEach;
-    static constexpr int kRank = kMost <= 512 ? 16 : kMost <= 1024 ? 24 : 40;
-    static constexpr int kRows = kMost <= 1024 ? 16 : 32, kRoom = 4 * kRows;       // as in fronts.cuh
+    static constexpr int kGroups = 32, kRank = 16;
     using Kept = ::Kept<kWarps, kTiles>;
     using Scored = Rows<PagedFrontsParams, Format, kHeads, PagedKeys<kPage, Format::kRowBytes, kPastEnd, kOnce>, Weight, Kept,
                         kWarps, 1>;
@@ -65,7 +62,7 @@ struct PagedFronts {
 
     struct Memory {
         alignas(16) float maxima[kGroups];
-        uint2 list[kRoom];                         // {value, position}
+        uint2 list[kFrontRoom];                    // {value, position}
         int listed;
     };
 
@@ -101,41 +98,28 @@ struct PagedFronts {
         each(work, [&](float value, int) { most = fmaxf(most, value); });
         int shift = 0;                             // lanes of a group, so many that there are groups for all busy warps
         #pragma unroll
-        for (int i = 0; kEach << i < kWarps; ++i) {
+        for (int i = 0; 1 << i < kWarps; ++i) {
             const float other = __shfl_xor_sync(kAllLanes, most, 1 << i);
-            if (busy > kEach << i) most = fmaxf(most, other), shift = i + 1;
+            if (busy > 1 << i) most = fmaxf(most, other), shift = i + 1;
         }
         const int group = threadIdx.x >> shift, groups = min(kGroups, kThreads >> shift);
         if ((lane.id & ((1 << shift) - 1)) == 0 && group < groups) memory.maxima[group] = most;
         if (groups + int(threadIdx.x) < kGroups) memory.maxima[groups + threadIdx.x] = __uint_as_float(kNanWord);
         __syncthreads();
-        float own[kEach];
-        int above[kEach][4] = {};
+        const float own = memory.maxima[lane.id];
+        float4 some[kGroups / 4];
+        int above[4] = {};
         #pragma unroll
-        for (int i = 0; i < kEach; ++i) own[i] = memory.maxima[32 * i + lane.id];
+        for (int i = 0; i < kGroups / 4; ++i) some[i] = *reinterpret_cast<const float4*>(memory.maxima + 4 * i);
         #pragma unroll
-        for (int first = 0; first < kGroups; first += 32) {
-            float4 some[8];
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) some[i] = *reinterpret_cast<const float4*>(memory.maxima + first + 4 * i);
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                #pragma unroll
-                for (int j = 0; j < kEach; ++j) {
-                    ptx::count_if_above(above[j][0], some[i].x, own[j]);
-                    ptx::count_if_above(above[j][1], some[i].y, own[j]);
-                    ptx::count_if_above(above[j][2], some[i].z, own[j]);
-                    ptx::count_if_above(above[j][3], some[i].w, own[j]);
-                }
-            }
+        for (int i = 0; i < kGroups / 4; ++i) {
+            ptx::count_if_above(above[0], some[i].x, own);
+            ptx::count_if_above(above[1], some[i].y, own);
+            ptx::count_if_above(above[2], some[i].z, own);
+            ptx::count_if_above(above[3], some[i].w, own);
         }
-        uint32 gate = kAllLanes;
-        #pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const bool reaches = above[i][0] + above[i][1] + above[i][2] + above[i][3] < kRank;
-            if (own[i] == own[i] && reaches) gate = min(gate, key_of(own[i]));
-        }
-        gate = __reduce_min_sync(kAllLanes, gate);
+        const bool reaches = own == own && above[0] + above[1] + above[2] + above[3] < kRank;
+        const uint32 gate = __reduce_min_sync(kAllLanes, reaches ? key_of(own) : kAllLanes);
         return gate == kAllLanes ? key_of(lowest()) : gate;
     }
 
@@ -154,17 +138,17 @@ struct PagedFronts {
         const Work work(p, keys);
         const int busy = __popc(__ballot_sync(kAllLanes, lane.id < kWarps && slot + slots * lane.id < work.items));
         uint32 gate = key_of(lowest());
-        if (work.eights || busy <= kEach) __syncthreads();                     // so few that all are published
+        if (work.eights || busy <= 1) __syncthreads();                         // so few that all are published
         else gate = gate_of(work, busy, memory, lane);
         const float least = value_of(gate);
         each(work, [&](float value, int item) {
             if (!(value >= least)) return;
             const int place = atomicAdd(&memory.listed, 1);
-            if (place < kRoom) memory.list[place] = {__float_as_uint(value + 0.0f), work.key(item, lane)};
+            if (place < kFrontRoom) memory.list[place] = {__float_as_uint(value + 0.0f), work.key(item, lane)};
         });
         __syncthreads();
-        const int listed = memory.listed, count = listed <= kRoom ? listed : 0;
-        constexpr int kOthers = kRoom / 32;
+        const int listed = memory.listed, count = listed <= kFrontRoom ? listed : 0;
+        constexpr int kOthers = kFrontRoom / 32;
         uint2 others[kOthers];
         #pragma unroll
         for (int i = 0; i < kOthers; ++i) {
@@ -185,14 +169,14 @@ struct PagedFronts {
                 if (p.places) p.places[at] = page * kPage + entry.y % kPage;
             }
         }
-        for (int i = count + threadIdx.x; i < kRows; i += kThreads) {
+        for (int i = count + threadIdx.x; i < kFrontRows; i += kThreads) {
             const int at = i * pitch + slot;
             p.values[at] = __uint_as_float(kNanWord), p.positions[at] = kNowhere;
             if (p.places) p.places[at] = kNowhere;
         }
-        if (slot < pitch - slots && threadIdx.x < kRows) {         // columns of no block
+        if (slot < pitch - slots && threadIdx.x < kFrontRows) {         // columns of no block
             p.values[threadIdx.x * pitch + slots + slot] = __uint_as_float(kNanWord);
         }
-        if (threadIdx.x == 0) p.heads[slot] = {listed <= kRoom ? gate : kAllLanes, uint32(count)};
+        if (threadIdx.x == 0) p.heads[slot] = {listed <= kFrontRoom ? gate : kAllLanes, uint32(count)};
     }
 };

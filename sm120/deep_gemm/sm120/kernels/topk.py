@@ -8,7 +8,7 @@ from functools import cache, cached_property
 import torch
 
 from ..jit import Kernel, launch
-from .logits import fronts_bytes, places_of_fronts, room_of_front
+from .logits import places_of_fronts
 from .windows import Windows
 
 _MOST_PARTS = 64
@@ -51,37 +51,27 @@ class TopkParams(ctypes.Structure):
 class Fronts:
     """How the largest keys of a row are chosen out of the fronts that so many blocks of its logits have left.
 
-    most     the largest k: 512, 1,024 or 2,048
-    threads  of a block
-    own      fronts that a block puts the entries of
-    of_sm    blocks of an SM, that registers are left for
+    threads  of a block: so many that no SM that is left early gets two of them, and others none
+    own      fronts whose entries a block puts
     """
 
     blocks: int
-    most: int
-    threads: int = 512
+    threads: int = 768
     own: int = 2
-    of_sm: int = 1
 
     @cached_property
     def kernel(self) -> Kernel:
         columns = -(-self.blocks // 32)
-        body = f"    Fronts<{self.threads}, {self.own}, {columns}, {self.most}>::run(p);"
-        name = f"topk_fronts_k{self.most}_t{self.threads}_o{self.own}_c{columns}"
-        return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, self.of_sm, follows=True)
+        name = f"topk_fronts_t{self.threads}_o{self.own}_c{columns}"
+        body = f"    Fronts<{self.threads}, {self.own}, {columns}>::run(p);"
+        return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, follows=True)
 
     @property
     def grid(self) -> tuple[int, int]:
         return 1, -(-self.blocks // self.own) + 1
 
-    @property
-    def bytes(self) -> int:
-        return fronts_bytes(self.blocks, self.most)
 
-
-@cache
-def fronts(blocks: int, k: int) -> Fronts:
-    return Fronts(blocks, next(most for most in (512, 1024, 2048) if k <= most))
+fronts = cache(Fronts)
 
 
 @dataclass(frozen=True)
@@ -249,8 +239,7 @@ def topk(config: Config, parts: int, *, workspace: torch.Tensor | None, **given)
 def choose_of_fronts(form: Fronts, workspace: torch.Tensor, **given) -> None:
     """The choice of one row, out of the fronts that its logits' blocks have left in `workspace` (`logits.paged`)."""
     p, inputs, outputs = _parameters(form.blocks, **given)
-    p.front = room_of_front(form.most)
-    p.fronts, _, _, p.gates = places_of_fronts(workspace.data_ptr(), form.blocks, form.most)
+    p.fronts, _, _, p.gates = places_of_fronts(workspace.data_ptr(), form.blocks)
     launch(form.kernel, given["out"].device, form.grid, p, {**inputs, "workspace": workspace}, outputs)
 
 
