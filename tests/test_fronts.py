@@ -54,8 +54,14 @@ def equal_at_the_gate(rows: int, columns: int) -> torch.Tensor:
     return torch.where(torch.rand(rows, columns) < 0.1, 2.0, torch.rand(rows, columns))
 
 
+def pairs(rows: int, columns: int) -> torch.Tensor:
+    """Neighbours are equal, and so in one front."""
+    return torch.randn(rows, (columns + 1) // 2).repeat_interleave(2, dim=1)[:, :columns]
+
+
 OF_FRONTS: dict[str, Fill] = {
     **FILLS,
+    "pairs": pairs,
     "one block has them all": in_tiles(lambda tile: tile % BLOCKS == 7),
     "a few blocks have them all": in_tiles(lambda tile: tile % BLOCKS < 9),
     "whole tiles": in_tiles(lambda tile: (tile >= 100) & (tile < 116)),
@@ -71,7 +77,7 @@ def test_any_values(fill: str, device: str) -> None:
 
 @pytest.mark.parametrize("columns, k", [(9000, 512), (23_000, 100), (50_000, 300)])
 @pytest.mark.parametrize(
-    "fill", ["normal", "neighbouring floats", "infinities, NaNs, zeros", "whole tiles", "equal at the gate"]
+    "fill", ["normal", "neighbouring floats", "infinities, NaNs, zeros", "whole tiles", "equal at the gate", "pairs"]
 )
 def test_any_size(fill: str, columns: int, k: int, device: str) -> None:
     chosen_of_paged(with_logits(OF_FRONTS[fill](1, columns)[0], device), k, device)

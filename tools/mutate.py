@@ -565,6 +565,7 @@ MUTATIONS = {
         "if (lane == 0 && key_of(value) «>= → >» memory.least) put",
         "if (at «>= → >» p.k) break;",
         "int filled = «reached → 0»;",
+        "further = i >= kFrontRows || (i > 0 && «memory.values[(i - 1) * kPitch + own] == value → false»);",
         "if (row.length <= p.k) return «row.put_all() → »;",
         "for (int step = kFrontRows «/ 2 → / 4»; step > 0; step /= 2) {",
     ],

@@ -58,8 +58,8 @@ struct Fronts {
     }
 
     // How many entries of all fronts are above `value`, of which one, at `position`, has it; or are equal to that, and before
-    // it. kEqual: are above or equal to any value. If there are `enough`, not all of them are counted. `further`: an entry
-    // lies so far behind in its front that bisection does not find it.
+    // it. kEqual: are above or equal to any value. If there are `enough`, not all of them are counted. `further`: the entry
+    // lies behind an equal one of its front, or so far behind that bisection does not find it.
     template <bool kEqual>
     __device__ int before(float value, uint32 position, bool further, int enough) const {
         uint32 at[kColumns], total = 0;            // in bytes; and how many are found, above the entries that are met there
@@ -146,7 +146,8 @@ struct Fronts {
                 next_place = ptx::load_word(places + next * kPitch + own);
             }
             const float value = i < kFrontRows ? memory.values[i * kPitch + own] : values[i * kPitch + own];
-            const int at = before<false>(value, position, i >= kFrontRows, p.k);
+            const bool further = i >= kFrontRows || (i > 0 && memory.values[(i - 1) * kPitch + own] == value);
+            const int at = before<false>(value, position, further, p.k);
             if (at >= p.k) break;
             if (lane == 0 && key_of(value) >= memory.least) put(at, position, place, value);
             i = next, position = next_position, place = next_place;
