@@ -72,6 +72,10 @@ class Suite:
             "topk, one part": lambda: self.topk([2000, 1500], 2000, 100, starts=[0, 7]),
             "topk, parts and merge": lambda: self.topk([9000, 8000], 9000, 600, page=64),
             "topk, bf16, parts and merge": lambda: self.topk([17000], 17000, 512, dtype=bf16),
+            "topk, sifted": lambda: self.topk([20000, 9000], 20000, 100, sms=1),
+            "topk, sifted, many rows": lambda: self.topk([9000, 5000, 40] * 6, 9000, 100, sms=1),
+            "topk, sifted, parts and merge": lambda: self.topk([70000], 70000, 600, sms=2),
+            "topk, sifted, a full list": lambda: self.topk([30000], 30000, 600, sms=1, fill=torch.arange(30000.0)),
             "topk, equal logits": lambda: self.topk([9000], 9000, 2048, fill=1.5),
             "candidates, parts and merge": lambda: self.candidates([9000, 40], 2048),
             "paged, with maxima": lambda: self.paged([300, 0, 37], 100, heads=8, maxima=True),
@@ -131,9 +135,11 @@ class Suite:
         problem.logits(metadata, out)
         self.compare(out, problem.expected)
 
-    def topk(self, lengths, columns, k, starts=None, page=1, dtype=torch.float32, fill=None) -> None:
+    def topk(self, lengths, columns, k, starts=None, page=1, dtype=torch.float32, fill=None, sms=None) -> None:
+        """`fill`: what all logits are, or a row of them; `sms`: as if there were so many, so that rows have few parts."""
         rows = len(lengths)
-        logits = (torch.randn(rows, columns) if fill is None else torch.full((rows, columns), fill)).to(dtype)
+        logits = torch.randn(rows, columns) if fill is None else torch.as_tensor(fill).expand(rows, columns).clone()
+        logits = logits.to(dtype)
         starts = starts or [0] * rows
         table = (
             torch.stack([torch.randperm(500)[: -(-columns // page)] for _ in range(rows)]).int() if page > 1 else None
@@ -144,10 +150,12 @@ class Suite:
         lens, begins = self.spoiled(*given)
         out, positions = (self.output(rows, k, torch.int32) for _ in range(2))
         scores = self.output(rows, k, torch.float32)
+        before, settings._num_sms = settings._num_sms, sms or settings._num_sms
         sm120.topk(
             logits.to(self.device), lens, k, starts=begins, block_table=there, page=page, out=out, positions=positions,
             scores=scores,
         )  # fmt: skip
+        settings._num_sms = before
         self.compare_choice(positions, reference.topk(logits, lengths, k, starts))
         if table is not None and not self.garbage:
             chosen = positions.cpu().long()

@@ -44,7 +44,7 @@ struct Fronts {
         #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = i * kThreads + threadIdx.x;
-            ptx::load_if(words[i], values + 4 * at, at < kVectors);
+            if (at < kVectors) ptx::load<4>(words[i], values + 4 * at);
         }
     }
     __device__ void keep(const uint32 (&words)[kEach][4]) const {

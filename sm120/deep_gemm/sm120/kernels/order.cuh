@@ -10,10 +10,12 @@ constexpr uint32 kNanWord = 0xffffffff;                                  // one 
 __device__ inline float lowest() { return __int_as_float(0xff800000); }
 
 // x + 0 turns -0 into +0.
-__device__ inline uint32 key_of(float x) {
+__device__ inline uint32 key_of_number(float x) {
     const uint32 bits = __float_as_uint(x + 0.0f);
-    return x == x ? bits ^ (uint32(int(bits) >> 31) | kZero) : kNan;
+    return bits ^ (uint32(int(bits) >> 31) | kZero);
 }
+
+__device__ inline uint32 key_of(float x) { return x == x ? key_of_number(x) : kNan; }
 
 __device__ inline float value_of(uint32 key) {
     return __uint_as_float(key & kZero ? key ^ kZero : ~key);

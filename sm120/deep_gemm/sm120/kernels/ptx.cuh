@@ -66,13 +66,6 @@ __device__ inline void load_once(uint32* words, const void* address) {
     }
 }
 
-// The same under a predicate: without it the words stay.
-__device__ inline void load_if(uint32 (&words)[4], const void* address, bool there) {
-    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.b32 there, %5, 0;\n\t"
-                 "@there ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
-                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(int(there)));
-}
-
 __device__ inline uint32 load_word(const void* address) {
     uint32 word;
     load<1>(&word, address);

@@ -11,11 +11,13 @@
 // keys, which are ranked by comparing them with each other.
 //
 // Whole   a block holds its row, or its part of one, in registers, counts all of it, and takes what lies above the bin.
-// Sifted  longer rows go by in pieces, which take turns at chunks of 32 vectors, so that the first one is a sample of the row.
-//         Of that one the maxima of small groups are counted alone: a gate is found that its share of the k largest reach,
-//         and a quarter more. What reaches it is listed, of later pieces, too. When the list is full it is counted, and
-//         the gate rises. The k largest are taken from the list. If it has fewer, the sample was none: once more, with a
-//         gate that k groups of the first piece reach.
+// Sifted  longer rows go by in pieces, of which each warp has a chunk; pieces take turns at chunks, so that the first one is
+//         a sample of the row. Of that one the maxima of small groups are counted alone: a gate is found that its share of
+//         the k largest reach, and a quarter more. What reaches it is listed, of later pieces, too. When the list is full,
+//         the gate rises to about its k-th. The k largest are taken from the list; there bins are of equal size, from its
+//         least to its largest key. If it has fewer, the sample was none: once more, with a gate that k groups reach.
+// Ahead   where few blocks share an SM, the next piece is on its way while this one is listed. Its registers are those of
+//         this one, so listed keys are looked up again, in L1. Where many do, that no longer has them.
 // Parts   few rows are shared out among blocks, 8 vectors at a time, so that hot stretches are too. Each part publishes its
 //         front: as many of the largest as the merge has registers for, and the gate that all of them reach and nothing else.
 // Merge   one block a row, a second launch: no block waits for another one. Only if a part's gate lies above the k-th of
@@ -147,12 +149,7 @@ struct Row {
         if (p.ends_are_lengths) {
             length = max(0, min(words.end, p.windows.limit));
         } else {
-            bool end = true;                             // which of them is asked for first
-            const Window window = p.windows.of(row, [&](const int*) {
-                const int word = end ? words.end : words.start;
-                end = false;
-                return word;
-            });
+            const Window window = p.windows.of(row, [&](const int*) { return words.end; }, [&](const int*) { return words.start; });
             first = window.begin, length = window.end - window.begin;
         }
         if (kUnits && p.unit > 0) {                                      // those blocks in which the row has keys
@@ -174,22 +171,24 @@ struct Row {
 
     // The keys of the vector whose first one has the position `first`; NaN where the row has none.
     __device__ void load(Vec& to, int first) const {
+        if (first >= 0 && first <= length - kKeys) ptx::load<4>(to.words, begin + first * int64(sizeof(Logit)));
+        else load_each(to, first);
+    }
+
+    // The same, one by one.
+    __device__ void load_each(Vec& to, int first) const {
         const uint8* address = begin + first * int64(sizeof(Logit));
         #pragma unroll
         for (int i = 0; i < 4; ++i) to.words[i] = kNanWord;
-        const bool whole = first >= 0 && first <= length - kKeys;
-        ptx::load_if(to.words, address, whole);
-        if (!whole && first < length && first > -kKeys) {
-            #pragma unroll
-            for (int i = 0; i < kKeys; ++i) {
-                if (uint32(first + i) >= uint32(length)) continue;
-                if constexpr (kKeys == 4) {
-                    to.words[i] = ptx::load_word(address + 4 * i);
-                } else {
-                    const uint32 half = ptx::load_half(address + 2 * i);
-                    uint32& word = to.words[i / 2];
-                    word = i % 2 ? (word & 0xffff) | half << 16 : (word & 0xffff0000) | half;
-                }
+        #pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+            if (uint32(first + i) >= uint32(length)) continue;
+            if constexpr (kKeys == 4) {
+                to.words[i] = ptx::load_word(address + 4 * i);
+            } else {
+                const uint32 half = ptx::load_half(address + 2 * i);
+                uint32& word = to.words[i / 2];
+                word = i % 2 ? (word & 0xffff) | half << 16 : (word & 0xffff0000) | half;
             }
         }
     }
@@ -222,6 +221,7 @@ struct Row {
         int* positions;
         float* scores;
         int offset;
+        bool more;               // positions or scores
 
         // What stands for each of some positions; their pages are looked up at once.
         template <int kCount>
@@ -249,12 +249,14 @@ struct Row {
 
         __device__ void put(int at, uint32 position, uint32 place) const {
             out[at] = place + offset;
+            if (!more) return;
             if (positions) positions[at] = number_of(position);
             if (scores) scores[at] = row.value_at(position);
         }
 
         __device__ void put_nothing(int at) const {
             out[at] = p.nowhere;
+            if (!more) return;
             if (positions) positions[at] = p.nowhere;
             if (scores) scores[at] = lowest();
         }
@@ -263,7 +265,8 @@ struct Row {
     __device__ Results results() const {
         return {*this, p, p.table ? pages() : nullptr, p.out + row * p.out_stride,
                 p.positions ? p.positions + row * p.positions_stride : nullptr,
-                p.scores ? p.scores + row * p.scores_stride : nullptr, p.offset ? int(ptx::load_word(p.offset + row)) : 0};
+                p.scores ? p.scores + row * p.scores_stride : nullptr, p.offset ? int(ptx::load_word(p.offset + row)) : 0,
+                p.positions || p.scores};
     }
 
     // Looked up again where it is asked for.
@@ -310,6 +313,7 @@ struct Block {
         uint2 list[kCapacity];                        // {value, position}
         uint2 ties[kTies];                            // likewise
         uint32 totals[kWarps], counts[2][kWarps];
+        uint2 ends[kWarps];
         int bin, tied;
     };
 
@@ -425,14 +429,47 @@ struct Block {
         return count;
     }
 
+    __device__ int reaching(int listed, float gate) const {
+        int count = 0;
+        each(listed, [&](float value) { ptx::count_if_at_least(count, value, gate); });
+        return count;
+    }
+
+    // A bit for each value that reaches the gate.
+    template <int kValues>
+    __device__ static uint32 mask_of(const float (&values)[kValues], float gate) {
+        static_assert(kValues <= 32);
+        uint32 mask = 0;
+        #pragma unroll
+        for (int i = 0; i < kValues; ++i) ptx::set_if_at_least(mask, values[i], gate, 1u << i);
+        return mask;
+    }
+
     // Those that reach the gate as entries of the list; all or none.
     template <int kValues, class Position>
     __device__ bool append(const float (&values)[kValues], Position position, float gate, int& listed) {
         const Places places = share_out(reaching(values, gate));
         if (listed + places.total > kCapacity) return false;
         uint32 at = ptx::shared_address(memory.list + listed + places.first);
+        gate = __shfl_sync(kAllLanes, gate, lane);       // the same; else how each comparison came out is kept, bit by bit
         #pragma unroll
         for (int i = 0; i < kValues; ++i) ptx::store_if_at_least(at, values[i], gate, position(i));
+        listed += places.total;
+        return true;
+    }
+
+    // The same of a mask, one entry for each bit. Values are looked up again: registers are free for the next piece, and
+    // where few blocks share an SM, L1 still has them.
+    template <class Position, class Value>
+    __device__ bool append(uint32 mask, Position position, Value value, int& listed) {
+        const Places places = share_out(__popc(mask));
+        if (listed + places.total > kCapacity) return false;
+        uint2* at = memory.list + listed + places.first;
+        #pragma unroll 1
+        for (; mask != 0; mask &= mask - 1) {
+            const uint32 where = position(__ffs(mask) - 1);
+            *at++ = {__float_as_uint(value(where)), where};
+        }
         listed += places.total;
         return true;
     }
@@ -504,14 +541,7 @@ struct Block {
     // chosen, and looks up again the ties among them.
     template <int kValues, class Position, class Value>
     __device__ void walk(const float (&values)[kValues], Position position, Value value, int k, Match match) {
-        static_assert(kValues <= 32);
-        const auto reach = [&](float gate) {
-            uint32 mask = 0;
-            #pragma unroll
-            for (int i = 0; i < kValues; ++i) ptx::set_if_at_least(mask, values[i], gate, 1u << i);
-            return mask;
-        };
-        uint32 above = reach(match.high), ties = reach(match.low) & ~above;
+        uint32 above = mask_of(values, match.high), ties = mask_of(values, match.low) & ~above;
         if (ties != 0) {
             uint2* at = memory.ties + atomicAdd(&memory.tied, __popc(ties));
             #pragma unroll 1
@@ -527,25 +557,17 @@ struct Block {
         rank(match.inside, k - match.above, match.above);
     }
 
-    // The same of the list.
+    // The same of the list, of which a lane has every kThreads-th entry.
     __device__ void take(int listed, int k, Match match) {
-        int mine = 0;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const float value = __uint_as_float(entry_of(memory.list, first + thread, listed).x);
-            mine += __popc(__ballot_sync(kAllLanes, value >= match.high));
-            mine += __popc(__ballot_sync(kAllLanes, value >= match.low && !(value >= match.high))) << 16;
-        }
-        int before = share_out_warps(mine).first;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(memory.list, first + thread, listed);
+        uint32 at = ptx::shared_address(chosen() + share_out(reaching(listed, match.high)).first);
+        #pragma unroll 4
+        for (int i = thread; i < listed; i += kThreads) {
+            const uint2 entry = memory.list[i];
             const float value = __uint_as_float(entry.x);
-            const bool is_above = value >= match.high, is_tie = value >= match.low && !is_above;
-            const uint32 above = __ballot_sync(kAllLanes, is_above), ties = __ballot_sync(kAllLanes, is_tie);
-            if (is_above) chosen()[(before & 0xffff) + __popc(above & lanes_below())] = entry.y;
-            if (is_tie) memory.ties[(before >> 16) + __popc(ties & lanes_below())] = entry;
-            before += __popc(above) + (__popc(ties) << 16);
+            ptx::store_word_if_at_least(at, value, match.high, entry.y);
+            if (__builtin_expect(value >= match.low && !(value >= match.high), 0)) {
+                memory.ties[atomicAdd(&memory.tied, 1)] = entry;
+            }
         }
         __syncthreads();
         rank(match.inside, k - match.above, match.above);
@@ -562,7 +584,7 @@ struct Block {
 
     template <class Visit>
     __device__ void each(int listed, Visit visit) const {
-        #pragma unroll 1
+        #pragma unroll 4
         for (int i = thread; i < listed; i += kThreads) visit(__uint_as_float(memory.list[i].x));
     }
 
@@ -570,13 +592,25 @@ struct Block {
     template <class Values>
     __device__ Match refine(Match match, int want, int limit, const Values& values) {
         if (__builtin_expect(match.inside <= limit, 1)) return match;
-        uint32 low = key_of(match.low), high = match.high == match.high ? key_of(match.high) : low + 1;
+        const uint32 low = key_of(match.low);
+        return divide(match, low, match.high == match.high ? key_of(match.high) : low + 1, want, limit, values, false);
+    }
+
+    // The same of a bin of keys from `low` on, below `high`. `all`: which all values are in.
+    template <class Values>
+    __device__ Match divide(Match match, uint32 low, uint32 high, int want, int limit, const Values& values, bool all) {
         #pragma unroll 1
         while (match.inside > limit && high - low > 1) {
             const int shift = max(0, 32 - __clz(high - low - 1) - kDigit);
-            each(values, [&](float value) {
-                if (value >= match.low && !(value >= match.high)) count(kBins - 1 - ((key_of(value) - low) >> shift));
-            });
+            const auto add = [&](float value) { count(kBins - 1 - ((key_of_number(value) - low) >> shift)); };
+            if (all) {
+                each(values, add);
+            } else {
+                each(values, [&](float value) {
+                    if (value >= match.low && !(value >= match.high)) add(value);
+                });
+            }
+            all = false;
             const Match inner = find(want - match.above, true);
             low += uint32(kBins - 1 - memory.bin) << shift;
             high = min(high, low + (1u << shift));
@@ -585,29 +619,48 @@ struct Block {
         return match;
     }
 
-    __device__ void count_list(int listed, float gate) {
+    // The bin of the `want`-th of the list, which has so many, among bins of equal size from its least to its largest key.
+    __device__ Match search(int listed, int want, int limit) {
+        float least = __uint_as_float(kNanWord), largest = least;
+        each(listed, [&](float value) { least = fminf(least, value), largest = fmaxf(largest, value); });
+        const uint32 first = __reduce_min_sync(kAllLanes, least == least ? key_of(least) : kAllLanes);
+        const uint32 last = __reduce_max_sync(kAllLanes, key_of(largest));
+        if (lane == 0) memory.ends[warp] = {first, last};
         __syncthreads();
-        each(listed, [&](float value) {
-            const float values[1] = {value};
-            if (value >= gate) count(values);
-        });
+        const uint2 ends = lane < kWarps ? memory.ends[lane] : uint2{kAllLanes, 0};
+        const uint32 low = __reduce_min_sync(kAllLanes, ends.x), high = __reduce_max_sync(kAllLanes, ends.y) + 1;
+        return divide({value_of(low), value_of(high), 0, listed}, low, high, want, limit, listed, true);
     }
 
-    // Raises the gate, so that k of the list and of the values reach it, if so many do; what does not is dropped from the list.
-    template <int kValues>
-    __device__ void narrow(const float (&values)[kValues], int k, int& listed, float& gate) {
-        count_list(listed, gate);
-        count(values);
-        const Match match = find(k);
-        if (match.inside > 0) gate = fmaxf(gate, match.low);
+    // Raises the gate to about the k-th of the list, which has so many; what does not reach it is dropped.
+    __device__ void narrow(int k, int& listed, float& gate) {
+        __syncthreads();
+        gate = search(listed, k, kCapacity / 8).low;
         const int all = listed;
         listed = 0;
         #pragma unroll 1
         for (int first = 0; first < all; first += kThreads) {    // places never lie past those that have been read
             const uint2 entry = entry_of(memory.list, first + thread, all);
-            const float value[1] = {__uint_as_float(entry.x)};
-            append(value, [&](int) { return entry.y; }, gate, listed);
+            const float value = __uint_as_float(entry.x);
+            append(value >= gate, [&](int) { return entry.y; }, [&](uint32) { return value; }, listed);
         }
+    }
+
+    // A piece of which more reach the gate than there is room for: a key of each lane at a time.
+    template <class Row, class Position>
+    __device__ bool append_slowly(const Row& row, int keys, Position position, int k, int& listed, float& gate) {
+        bool fits = true;
+        #pragma unroll 1
+        for (int i = 0; i < keys && fits; ++i) {
+            const uint32 at = position(i);
+            const float value = at < uint32(row.length) ? row.value_at(at) : __uint_as_float(kNanWord);
+            const auto add = [&] {
+                return append(value >= gate, [&](int) { return at; }, [&](uint32) { return value; }, listed);
+            };
+            fits = add();
+            if (!fits && listed >= k) narrow(k, listed, gate), fits = add();
+        }
+        return fits;
     }
 
     // ---- the slow way ----
@@ -680,11 +733,16 @@ struct Block {
 
     // ---- telling ----
 
-    // The gate that no more than `room` of what has been counted reach, and not many less; none below `gate`.
-    template <class Values>
-    __device__ float gate_of(int room, float gate, const Values& values) {
+    // The gate that no more than `room` of what has been counted reach, and not many less.
+    template <int kValues>
+    __device__ float gate_of(int room, const float (&values)[kValues]) {
         const Match match = refine(find(room + 1), room + 1, room / 4 + 16, values);
-        return match.inside == 0 ? gate : match.high;
+        return match.inside == 0 ? lowest() : match.high;
+    }
+
+    // The same of the list, all of which reaches `gate`.
+    __device__ float gate_of(int room, float gate, int listed) {
+        return listed > room ? search(listed, room + 1, room / 4 + 16).high : gate;
     }
 
     // What reaches the gate as a front; what is left of it is NaN.
@@ -701,20 +759,12 @@ struct Block {
 
     // The same of the list.
     __device__ void publish(int listed, float gate, uint2* front, int room) {
-        int mine = 0;
+        const Places places = share_out(reaching(listed, gate));
+        uint2* at = front + places.first;
         #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            mine += __popc(__ballot_sync(kAllLanes, __uint_as_float(entry_of(memory.list, first + thread, listed).x) >= gate));
-        }
-        const Places places = share_out_warps(mine);
-        int place = places.first;
-        #pragma unroll 1
-        for (int first = 0; first < listed; first += kThreads) {
-            const uint2 entry = entry_of(memory.list, first + thread, listed);
-            const bool reaches = __uint_as_float(entry.x) >= gate;
-            const uint32 all = __ballot_sync(kAllLanes, reaches);
-            if (reaches) front[place + __popc(all & lanes_below())] = entry;
-            place += __popc(all);
+        for (int i = thread; i < listed; i += kThreads) {
+            const uint2 entry = memory.list[i];
+            if (__uint_as_float(entry.x) >= gate) *at++ = entry;
         }
         for (int i = places.total + thread; i < room; i += kThreads) front[i] = {kNanWord, kNowhere};
     }
@@ -774,8 +824,8 @@ struct Block {
 };
 
 // Of a row's parts one each; a lone part ends with the row's choice. Grid: x rows, y parts. kGroups: of a lane, in the first
-// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece. kWalked: a lane goes through its
-// chosen keys, instead of all of its keys.
+// piece of a row that is sifted, of units of kUnit keys each; 0: no part has a second piece. kAhead: as above. kWalked: a lane
+// goes through its chosen keys, instead of all of its keys.
 template <class Logit, int kThreads, int kVectors, bool kParted, bool kAhead, bool kWalked, int kGroups, int kUnit, int kDigit, int kCapacity, int kMost, bool kAscending>
 __device__ inline void choose(const TopkParams& p) {
     using Of = Block<kThreads, kDigit, kCapacity, kMost, kAscending>;
@@ -783,8 +833,9 @@ __device__ inline void choose(const TopkParams& p) {
     __shared__ typename Of::Memory memory;
     Of block(memory);
     using Lies = Row<Logit, kAscending>;
-    constexpr int kChunk = kParted ? 8 : 32;                               // vectors
+    constexpr int kLanes = kParted ? 8 : 32, kTogether = kParted ? 1 : kVectors;   // of a chunk, and vectors of each in it
     constexpr bool kGuess = kGroups == 0 && kThreads > 64 * kVectors;      // not where registers are short, and rows many
+    constexpr bool kOnce = kGroups > 0 && !kAhead;                         // L1 need not keep what has been read
     auto begin = [] {
         __syncthreads();
         ptx::griddepcontrol();
@@ -801,16 +852,29 @@ __device__ inline void choose(const TopkParams& p) {
         const uint32 at_once = kThreads * kVectors * parts;
         pieces = kGroups == 0 ? 1 : (row.vectors() + at_once - 1) / at_once;
         step = kThreads * pieces * parts;
-        const int chunk = block.thread / kChunk * pieces * parts + part;
-        first_position = ptx::kept(row.position_of(chunk * kChunk + block.thread % kChunk, 0));
+        const int chunk = block.thread / kLanes * pieces * parts + part;
+        first_position = ptx::kept(row.position_of(chunk * kLanes * kTogether + block.thread % kLanes, 0));
     };
     auto position_of = [&](int piece, int i) {
-        return uint32(first_position + (piece * kChunk * parts + i / kPerVector * step) * kPerVector + i % kPerVector);
+        const int vector = i / kPerVector * (kParted ? step : kLanes);
+        return uint32(first_position + (piece * parts * kLanes * kTogether + vector) * kPerVector + i % kPerVector);
     };
     Vector<Logit> vectors[kVectors];
     auto load = [&](int piece) {
-        #pragma unroll
-        for (int i = 0; i < kVectors; ++i) row.load(vectors[i], int(position_of(piece, i * kPerVector)));
+        const int first = position_of(piece, 0), last = position_of(piece, (kVectors - 1) * kPerVector);
+        const bool whole = first >= 0 && uint32(last) + kPerVector <= uint32(row.length);
+        if (__builtin_expect(__all_sync(kAllLanes, whole), 1)) {
+            const uint8* address = row.begin + first * int64(sizeof(Logit));
+            #pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+                const uint8* from = address + i * (kParted ? step : kLanes) * int64(16);
+                if constexpr (kOnce) ptx::load_once<4>(vectors[i].words, from);
+                else ptx::load<4>(vectors[i].words, from);
+            }
+        } else {
+            #pragma unroll
+            for (int i = 0; i < kVectors; ++i) row.load_each(vectors[i], int(position_of(piece, i * kPerVector)));
+        }
     };
     share();
     if (kGuess) begin();
@@ -818,7 +882,7 @@ __device__ inline void choose(const TopkParams& p) {
     #pragma unroll 1
     for (;;) {                                        // once more if the guess was wrong
         const auto found = kGuess ? Lies::read_anew(sources) : words;
-        if (part < parts && row.length > p.k) load(0);
+        if ((kGroups == 0 || kAhead) && part < parts && row.length > p.k) load(0);
         if (__builtin_expect(found == words, 1)) break;
         row.place(words = found);
         share();
@@ -831,7 +895,7 @@ __device__ inline void choose(const TopkParams& p) {
         #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
             values[i] = vectors[i / kPerVector].value(i % kPerVector);
-            if (kGroups == 0 || kAhead) values[i] += 0.0f;   // as bins have it; and beside its position, where pairs are stored
+            if (kGroups == 0) values[i] += 0.0f;             // as bins have it
         }
     };
 
@@ -842,7 +906,7 @@ __device__ inline void choose(const TopkParams& p) {
         auto position = [&](int i) { return position_of(0, i); };
         block.count(values);
         if (parts > 1) {
-            const float gate = block.gate_of(p.front, lowest(), values);
+            const float gate = block.gate_of(p.front, values);
             block.publish(values, position, gate, front, p.front);
             if (threadIdx.x == 0) p.gates[region] = gate;
             return;
@@ -857,58 +921,55 @@ __device__ inline void choose(const TopkParams& p) {
     } else {
         const int most = parts > 1 ? min(p.k, p.front) : p.k;
         // Of the first piece. A part that asks for too few sends its row the slow way, so there is room for a hot chunk.
-        int want = min(most, p.k / uint32(pieces * parts) * 5 / 4 + 32 + (kParted ? kChunk * kPerVector : 0));
+        int want = min(most, p.k / uint32(pieces * parts) * 5 / 4 + 32 + (kParted ? kLanes * kPerVector : 0));
+        float gate = lowest();
+        int listed = 0;
+        bool fits;
         #pragma unroll 1
-        for (;;) {
-            float gate = lowest();
-            int listed = 0;
-            bool fits;
-            #pragma unroll 1
-            for (int piece = 0;; ++piece) {
-                convert();
-                const bool last = piece + 1 == pieces;
-                if (kAhead && !last) load(piece + 1);
-                auto position = [&](int i) { return position_of(piece, i); };
-                if (piece == 0 && row.length > kCapacity * parts) {
-                    static_assert(kKeys % (kUnit * kGroups) == 0);
-                    float maxima[kGroups];
-                    #pragma unroll
-                    for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
-                    #pragma unroll
-                    for (int i = 0; i < kKeys; ++i) {
-                        maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
-                    }
-                    block.count(maxima);
-                    const auto match = block.find(want);
-                    if (match.inside > 0) gate = match.low;
+        for (int piece = 0;; ++piece) {
+            if (!kAhead) load(piece);
+            convert();
+            const bool last = piece + 1 == pieces;
+            auto position = [&](int i) { return position_of(piece, i); };
+            auto value = [&](uint32 at) { return row.value_at(at); };
+            if (piece == 0 && row.length > kCapacity * parts) {
+                static_assert(kKeys % (kUnit * kGroups) == 0);
+                float maxima[kGroups];
+                #pragma unroll
+                for (int i = 0; i < kGroups; ++i) maxima[i] = values[i * kUnit];
+                #pragma unroll
+                for (int i = 0; i < kKeys; ++i) {
+                    maxima[i / kUnit % kGroups] = fmaxf(maxima[i / kUnit % kGroups], values[i]);
                 }
+                block.count(maxima);
+                const auto match = block.find(want);
+                if (match.inside > 0) gate = match.low;
+            }
+            if constexpr (kAhead) {
+                const uint32 mask = block.mask_of(values, gate);
+                if (!last) load(piece + 1);
+                fits = block.append(mask, position, value, listed);
+            } else {
                 fits = block.append(values, position, gate, listed);
-                if (__builtin_expect(!fits, 0)) {
-                    block.narrow(values, most, listed, gate);
-                    fits = block.append(values, position, gate, listed);
-                }
-                if (last || !fits) break;
-                if (!kAhead) load(piece + 1);
             }
-            block.count_list(listed, lowest());
-            if (parts > 1) {
-                gate = block.gate_of(p.front, gate, listed);
-                if (!fits) gate = __uint_as_float(kNanWord);
-                block.publish(listed, gate, front, p.front);
-                if (threadIdx.x == 0) p.gates[region] = gate;
-                return;
-            }
-            auto match = block.find(p.k);
-            if (!kParted && __builtin_expect(match.inside == 0 && want < p.k, 0)) {
-                want = p.k;
-                load(0);
-                continue;
-            }
-            match = block.refine(match, p.k, Of::kTies, listed);
-            if (__builtin_expect(fits && Of::few(match), 1)) block.take(listed, p.k, match);
-            else block.template take_slowly<Lies>(p);
-            break;
+            if (__builtin_expect(!fits, 0)) fits = block.append_slowly(row, kKeys, position, most, listed, gate);
+            if (__builtin_expect(!fits, 0)) break;
+            if (!last) continue;
+            if (kParted || __builtin_expect(listed >= p.k || want == p.k, 1)) break;
+            gate = lowest(), listed = 0, want = p.k, piece = -1;
+            if (kAhead) load(0);
         }
+        __syncthreads();
+        if (parts > 1) {
+            gate = fits ? block.gate_of(p.front, gate, listed) : __uint_as_float(kNanWord);
+            block.publish(listed, gate, front, p.front);
+            if (threadIdx.x == 0) p.gates[region] = gate;
+            return;
+        }
+        fits = fits && listed >= p.k;
+        const auto match = fits ? block.search(listed, p.k, Of::kTies) : typename Of::Match{};
+        if (__builtin_expect(Of::few(match), 1)) block.take(listed, p.k, match);
+        else block.template take_slowly<Lies>(p);
     }
     block.put(row);
 }

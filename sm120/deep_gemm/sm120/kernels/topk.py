@@ -82,7 +82,7 @@ class Config:
     most       the largest k: 512, 1,024 or 2,048
     ascending  results are in the order of positions
     parted     rows may have several parts
-    ahead      a piece is loaded while the one before it is looked at
+    ahead      a piece is loaded while the one before it is listed, whose listed keys are looked up again
     walked     a lane goes through its chosen keys: less work, and more latency, than to look at all of them again
     groups     of a lane's keys in a piece, whose maxima make the first gate; 0: all keys are in registers and counted
     digit      the logarithm of the histogram's bins
@@ -155,7 +155,7 @@ def configure(
     dtype: torch.dtype, k: int, rows: int, columns: int, num_sms: int, ascending: bool = False
 ) -> tuple[Config, int]:
     """The configuration for the `k` largest of each row of logits [rows, columns], and in how many parts a row is split
-    at most, so that few rows fill the chip. Chosen by times on an H200, 28 Nov 2026: docs/performance.md."""
+    at most, so that few rows fill the chip. Chosen by times on an H200, 29 Nov 2026: docs/performance.md."""
     most = next(most for most in (512, 1024, 2048) if k <= most)
     many, very_many = rows > 2 * num_sms, rows > 16 * num_sms
 
@@ -167,8 +167,7 @@ def configure(
             groups = 1 << (-(-3 * most // (2 * threads)) - 1).bit_length()
             digit -= ascending and most == 2048  # there is no memory for more
         parted = parts > 1
-        # where registers are left, as 32 keys leave none (64 x 64K of k 2,048: 28 instead of 20 us)
-        ahead = sifted and not parted and keys < 32 and rows <= num_sms and columns > 16384
+        ahead = sifted and rows <= num_sms and (keys < 32 or not parted)
         busy = keys == 32 or keys == 16 and (threads == 1024 or threads > 64 and rows > num_sms)
         walked = busy and not sifted and not parted
         # small blocks wait beside parts; where these leave no room for them, large ones are faster
@@ -186,16 +185,18 @@ def configure(
             return form(64, 16, 1, 16, digit=8)
         return form(128, 8, 1, 12, digit=9) if many and most == 512 else form(256, 4, 1, 4, digit=9)
     if columns <= 2048:
+        if very_many:
+            return form(128, 16, 1, 10, digit=9)
         return form(512, 4, 1, 3) if rows <= num_sms else form(256, 8, 1, 4, digit=10)
     if columns <= 4096:
         if very_many:
             return form(128, 32, 1, 8, digit=10)
         return form(256, 16, 1, 5, digit=10) if many else form(512, 8, 1, 2, digit=10 if most == 2048 else 11)
-    if columns <= 8192:
+    if columns <= 8192 and rows <= (16 if most == 2048 else 4) * num_sms:
         return form(512, 16, 1, 2)
     if columns <= 16384 and rows <= num_sms and (most > 512 or rows * columns > 1024 * num_sms):
         return form(1024, 16, 1, 1, digit=12)
-    if columns <= 16384 and rows > num_sms and (most > 512 or not many):
+    if columns <= 16384 and num_sms < rows <= (3 if most == 2048 else 2) * num_sms:
         return form(512, 32, 1, 2, digit=12)
     if columns <= 32768 and num_sms // 8 < rows <= num_sms:
         return form(1024, 32, 1, 1, digit=12)
@@ -205,12 +206,12 @@ def configure(
         if pieces(keys) <= _MOST_PARTS and rows * pieces(keys) <= slots:
             return form(512, keys, pieces(keys), 2)
     # sifted: by small blocks; by large ones; in parts, two of them on an SM
-    if very_many and columns <= 16384:
-        return form(256, 16, 1, 6, True, digit=10)
+    if very_many and columns <= 32768 and most == 512:
+        return form(128, 32, 1, 7, True, digit=9)
     if many:
-        return form(256, 32, 1, 3, True, digit=11 if most == 512 else 10)
+        return form(256, 32, 1, 4, True, digit=10)
     if rows > num_sms:
-        return form(512, 16 if columns <= 65536 else 32, 1, 2, True)
+        return form(512, 32, 1, 2, True)
     if 2 * rows > num_sms or 4 * rows > num_sms and columns <= 65536 and most < 2048:
         return form(1024, 16, 1, 1, True)
     keys = 16 if 8 * rows <= num_sms and columns > 131072 else 32

@@ -21,19 +21,21 @@ struct Windows {
     __device__ int counted(int keys) const { return keys > least ? keys : 0; }
 
     __device__ Window of(int token) const {
-        return of(token, [](const int* address) { return int(ptx::load_word(address)); });
+        const auto load = [](const int* address) { return int(ptx::load_word(address)); };
+        return of(token, load, load);
     }
 
-    template <class Load>
-    __device__ Window of(int token, Load load) const {
+    // The same of words that somebody has: what stands where the end does, and the start.
+    template <class End, class Start>
+    __device__ Window of(int token, End end_at, Start start_at) const {
         int end;
         if (lengths_per_row == next_n) {
-            end = load(ends + token);
+            end = end_at(ends + token);
         } else {
             const int row = token / next_n;
-            end = max(load(ends + row), 0) - (next_n - 1 - (token - row * next_n));
+            end = max(end_at(ends + row), 0) - (next_n - 1 - (token - row * next_n));
         }
-        const int begin = starts ? max(load(starts + token), 0) : 0;
+        const int begin = starts ? max(start_at(starts + token), 0) : 0;
         return {begin, begin + counted(max(begin, min(end, limit)) - begin)};
     }
 
