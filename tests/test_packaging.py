@@ -86,8 +86,9 @@ def test_the_common_kernels_are_compiled_ahead(lean: Path) -> None:
     topk = [name for name in files if "topk" in name]
     assert all(any(f"fp32_k{k}_" in name for name in topk) for k in (512, 1024, 2048))
     assert sum("_maxima" in name for name in files) == 17  # of pages of 64 and 128: few and many rows; ragged
-    # Logits, those of pages of 128, with maxima, sparse ones (FP4 in pages by either weights), cleaning, metadata.
-    assert len(files) - len(topk) == 102 + 31 + 17 + 40 + 2 + 2 + 2
+    # Logits, those of pages of 128, with maxima, sparse ones (FP4 in pages by either weights), with fronts, cleaning,
+    # metadata.
+    assert len(files) - len(topk) == 102 + 31 + 17 + 40 + 2 + 2 + 2 + 2
     assert all(cubin[:4] == b"\x7fELF" for cubin in files.values())
     assert sum(map(len, files.values())) < 16 << 20 and lean.stat().st_size < 8 << 20
 

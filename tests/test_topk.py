@@ -538,7 +538,8 @@ def chosen_of_paged(problem: Paged, k: int, device: str, **options) -> None:
             got = positions[row, : len(want)].cpu()
             assert sorted(got.tolist()) == want
             assert (positions[row, len(want) :] == -1).all() and (out[row, len(want) :] == -1).all()
-            assert torch.equal(scores[row, : len(want)].cpu(), logits[row, got.long()])
+            scored = scores[row, : len(want)].cpu()
+            torch.testing.assert_close(scored, logits[row, got.long()], rtol=0, atol=0, equal_nan=True)
             pages = table[row // problem.next_n, got.long() // problem.block_kv]
             where = pages * problem.block_kv + got % problem.block_kv if translate else got
             assert torch.equal(out[row, : len(want)].cpu(), where)

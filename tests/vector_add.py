@@ -10,7 +10,6 @@ from deep_gemm.sm120.jit import Kernel, compiler, launch
 THREADS = 64
 HEADER = """
 struct AddParams { const float* a; const float* b; float* sum; int count; };
-static_assert(sizeof(AddParams) == PARAMS_BYTES, "");
 __device__ inline void add(const AddParams& p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < p.count) p.sum[i] = p.a[i] + p.b[i];

@@ -118,9 +118,10 @@ _known = checks.Known()
 
 def paged_logits(
     q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
-    clean_logits, logits_dtype, indices, out, block_max, least=0,
+    clean_logits, logits_dtype, indices, out, block_max, least=0, fronts=None, translate=False,
 ) -> torch.Tensor:  # fmt: skip
-    """The same without defaults; tokens that see no more than `least` keys are left out."""
+    """The same without defaults; tokens that see no more than `least` keys are left out. Of one token, blocks leave in
+    `fronts` what the choice is made from, if that is given (`translate`: with places in the cache)."""
     checks.integer("max_context_len", max_context_len)
     arguments.logits_dtype(logits_dtype)
     values, scales = arguments.pair(q)
@@ -135,11 +136,12 @@ def paged_logits(
         "indices": indices,
     }
     tensors = *inputs.values(), out, block_max
-    asked = q, inputs, max_context_len, logits_dtype, out, block_max, least
+    asked = q, inputs, max_context_len, logits_dtype, out, block_max, least, fronts is not None
     try:
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         layouts, arch = checks.layouts(tensors), jit.architecture_of(values.device)
         call = layouts, (addresses[0] | addresses[2]) & 31, addresses[5] & 7, max_context_len, logits_dtype, least, arch
+        call = call if fronts is None else (call, "fronts")
     except (AttributeError, IndexError, RuntimeError):
         _check(*asked)  # says what is wrong
         raise
@@ -152,14 +154,14 @@ def paged_logits(
     if out is None:
         out = arguments.new_output(*shape, logits_dtype, values.device)
     if plan is not None:
-        windows = logits.paged(plan, inputs, addresses, out, block_max)
+        windows = logits.paged(plan, inputs, addresses, out, block_max, fronts, translate)
         if clean_logits:
             clean.clean(out, windows, {"context_lens": context_lens})
     return out
 
 
 def _check(
-    q, inputs, max_context_len, dtype, out, block_max, least
+    q, inputs, max_context_len, dtype, out, block_max, least, fronts
 ) -> tuple[tuple[int, int], list[int], logits.Plan | None]:
     """Refuses what a call cannot be made with. Returns the result's shape, all tensors' sizes in bytes, and, unless
     nothing is to be done, how the call is made."""
@@ -185,6 +187,6 @@ def _check(
     windows = windows_of_lengths(context_lens, next_n, limit, least)
     plan = logits.plan_paged(
         jit.architecture_of(device), query, weights, kv_cache, page, page_stride, block_table, slots, windows, dtype,
-        block_max,
+        block_max, fronts,
     )  # fmt: skip
     return shape, sizes, plan

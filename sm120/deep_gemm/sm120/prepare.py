@@ -73,6 +73,9 @@ def warmup(
         )
     if topk:
         kernels += _topk_kernels(topk, logits_dtype, sms_to_use(place), sparse_block_kv > 0)
+        sms = sms_to_use(place)
+        if paged and any(logits.leaves_fronts(1, columns, topk, sms) for columns in _COLUMNS):
+            kernels += _front_kernels(arch, heads, dim, block_kv, fp4, sms, weights_dtype, alignment)
     if sparse_block_kv:
         if dim != 128 or block_kv % sparse_block_kv:
             checks.refuse("sparse_block_kv", sparse_block_kv, "dim = 128, and pages of a multiple of the block")
@@ -101,6 +104,14 @@ def _kernels(
     if ragged:
         kernels += [config(page=0).kernel]
     return kernels
+
+
+def _front_kernels(arch, heads, dim, block_kv, fp4, num_sms, weights_dtype, alignment) -> list[Kernel]:
+    """What scores and chooses the keys of one token."""
+    config = logits.configure(
+        arch, fp4, heads, dim, block_kv, weights_dtype, torch.float32, few_rows=1, alignment=alignment, fronts=True
+    )
+    return [config.kernel, topk.fronts(num_sms).kernel]
 
 
 def _sparse_kernels(
@@ -184,6 +195,8 @@ def ship(folder: Path) -> None:
     kernels += _sparse_kernels(arch, 32, (64, 128), True, 8, 32, torch.float32)
     for k in (512, 1024, 2048):
         kernels += _topk_kernels(k, torch.float32, EMULATED_SMS, sparse=k == 512)
+    for heads in (64, 32):  # of FP8 they spill two registers around the loop
+        kernels += _front_kernels(arch, heads, 128, 64, True, EMULATED_SMS, torch.float32, 32)
     distinct = _distinct(kernels)
     size = shipped.write(folder, distinct, arch)
     print(f"{len(distinct)} kernels for {arch}, {size >> 10} KiB")

@@ -18,6 +18,7 @@ from .arguments import LARGEST_K
 from .checks import Open, refuse
 from .kernels import carry, listed_columns, metadata, sparse
 from .kernels import topk as kernels
+from .kernels.logits import fronts_bytes, leaves_fronts
 from .kernels.windows import NO_LIMIT, Windows, windows_of_bounds, windows_of_lengths
 from .paged import paged_logits
 from .ragged import ragged_logits
@@ -216,7 +217,7 @@ def fp8_fp4_paged_mqa_topk(
     arguments.weights(weights, rows, query.heads, device)
     arguments.lengths(context_lens, device, batch, next_n)
     arguments.block_table(block_table, batch, device)
-    arguments.schedule(schedule_meta, device)
+    slots = arguments.schedule(schedule_meta, device)
     arguments.indices(indices, context_lens)
     plan = _plan(rows, next_n, max_context_len, k, page, sms_to_use(device))
     workspace = _workspace(workspace, plan.bytes, device)
@@ -231,7 +232,7 @@ def fp8_fp4_paged_mqa_topk(
 
     limit = min(max_context_len, block_table.shape[1] * page) if kv_cache.shape[0] else 0  # as in the logits
 
-    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor, least: int = 0) -> None:
+    def score(rows: slice, keys: slice, lens: torch.Tensor, logits: torch.Tensor, least: int = 0, **fronts) -> None:
         of, schedule = slice(rows.start // next_n, rows.stop // next_n), schedule_meta
         table = _cut(block_table, of)
         if keys.start:
@@ -241,7 +242,7 @@ def fp8_fp4_paged_mqa_topk(
             metadata.plan(lens, schedule)
         paged_logits(
             _pair(query, of), kv_cache, _cut(weights, rows), lens, table, schedule, logits.shape[1],
-            False, torch.float32, _cut(indices, of), logits, None, least,
+            False, torch.float32, _cut(indices, of), logits, None, least, **fronts,
         )  # fmt: skip
 
     results = _Results(block_table if translate else None, page if translate else 1, None, out, positions, scores)
@@ -249,6 +250,15 @@ def fp8_fp4_paged_mqa_topk(
         windows = windows_of_lengths(context_lens, next_n, limit)
         for piece in plan.run(workspace, limit, windows, {"context_lens": context_lens}, results):
             score(piece.rows, piece.keys, piece.ends.view(batch, next_n), piece.logits)
+        return out
+    if slots <= plan.blocks and leaves_fronts(rows, max_context_len, k, slots):
+        one, keys = slice(0, 1), slice(0, max_context_len)
+        logits, fronts = plan.logits(workspace, one, device), workspace[plan.logits_bytes :]
+        score(one, keys, context_lens, logits, results.least, fronts=fronts, translate=translate)
+        kernels.choose_of_fronts(
+            kernels.fronts(slots), fronts, logits=logits, windows=windows_of_lengths(context_lens, next_n, limit), k=k,
+            ends_are_lengths=False, bounds={"context_lens": context_lens}, **results._asdict(),
+        )  # fmt: skip
         return out
     for rows in plan.turns():
         lens = _cut(context_lens, slice(rows.start // next_n, rows.stop // next_n))
@@ -477,6 +487,9 @@ class _Turns:
         self.config, self.parts = kernels.configure(torch.float32, k, max(step, 1), columns, num_sms)
         self.logits_bytes = 4 * step * _stride(columns)
         self.bytes = self.logits_bytes + kernels.workspace_bytes(self.config, step, self.parts)
+        self.blocks = num_sms if leaves_fronts(rows, columns, k, num_sms) else 0  # for whose fronts there is room
+        if self.blocks:
+            self.bytes = max(self.bytes, self.logits_bytes + fronts_bytes(num_sms))
 
     def turns(self) -> Iterator[slice]:
         for first in range(0, self.rows, self.step):

@@ -14,7 +14,7 @@ class Kernel:
     header      the file in `kernels/` that defines it
     body        what follows the include: the instantiation
     threads     of a block
-    parameters  the struct's mirror; the kernel's source asserts the same size
+    parameters  the struct's mirror, of the same size, which the source asserts
     blocks      that an SM should hold at once: the compiler spends no more registers than that leaves
     follows     starts right behind another kernel of ours and waits for it itself (griddepcontrol): its blocks are set
                 up while that one runs, whatever `set_pdl` says
@@ -31,8 +31,10 @@ class Kernel:
     @property
     def source(self) -> str:
         """The whole translation unit: one include and one function."""
+        struct = self.parameters.__name__
         return (
-            f'#define PARAMS_BYTES {ctypes.sizeof(self.parameters)}\n#include "{self.header}"\n\n'
+            f'#include "{self.header}"\n\nstatic_assert(sizeof({struct}) == {ctypes.sizeof(self.parameters)}, '
+            f'"the launcher packs a different struct");\n\n'
             f'extern "C" __global__ __launch_bounds__({self.threads}, {self.blocks})\n'
-            f"void {self.name}(const __grid_constant__ {self.parameters.__name__} p) {{\n{self.body}\n}}\n"
+            f"void {self.name}(const __grid_constant__ {struct} p) {{\n{self.body}\n}}\n"
         )

@@ -40,7 +40,6 @@ struct CarryParams {
     float* scores;           // [rows][scores_stride], or null
     int64 table_stride, out_stride, positions_stride, scores_stride;
 };
-static_assert(sizeof(CarryParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 constexpr int kMostK = 2048;
 

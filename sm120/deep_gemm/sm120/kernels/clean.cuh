@@ -15,7 +15,6 @@ struct CleanParams {
     int compressed;          // column 0 is the row's first key
     Windows windows;
 };
-static_assert(sizeof(CleanParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 template <class Logit>
 __device__ inline void clean(const CleanParams& p) {

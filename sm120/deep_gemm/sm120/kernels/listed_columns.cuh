@@ -21,7 +21,6 @@ struct ListedColumnsParams {
     int block;                   // keys
     int limit;                   // no row has more keys
 };
-static_assert(sizeof(ListedColumnsParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 template <int kThreads>
 __device__ inline void count_columns(const ListedColumnsParams& p) {

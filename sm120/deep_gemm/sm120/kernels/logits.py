@@ -21,6 +21,10 @@ EIGHTS_WARPS = 16  # of a block, where each takes eight keys of a row
 FEW_ROWS = (1, 32, 256)  # at most so many: one, one for each lane, or eight
 FEW_TOKENS = 8  # of each, at most: a warp for each
 _MOST_REQUESTS = 1024  # of a decode step
+# One token whose blocks leave fronts: so many blocks, that fronts hardly ever lack a key; so many keys chosen, at most;
+# rows longer than that, where it is faster (H200, 29 Nov 2026); tiles that a warp keeps, at most
+_FRONTS, _MOST_OF_FRONTS, _LEAST_COLUMNS, _FRONTS_TILES = range(96, 257), 512, 8192, 22
+_ROOM = 64  # entries of a front
 _QUARTERS = 4  # of an SM, each with a tensor pipe of its own
 _SIZES = 64  # of calls that are remembered: all layers of a step make the same one
 # ragged: parts of an SM, at most; of them in a stripe, at least; stripes, at most
@@ -71,6 +75,12 @@ class PagedParams(ctypes.Structure):
         ("rows_per_group", ctypes.c_int32),
         ("few", FewRows),
     ]
+
+
+class PagedFrontsParams(PagedParams):
+    """Field by field as in paged_fronts.cuh."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("heads", "values", "positions", "places")]
 
 
 class RaggedParams(ctypes.Structure):
@@ -131,6 +141,7 @@ class Config:
     block      sparse: keys of a listed block
     maxima     of blocks of keys are stored too
     eights     sparse: one row, and a warp for every eight keys of it; else as `few_rows` says
+    fronts     paged, one token: each block leaves the largest of its logits for the choice
     """
 
     arch: str
@@ -146,6 +157,7 @@ class Config:
     block: int = 0
     maxima: bool = False
     eights: bool = False
+    fronts: bool = False
 
     @cached_property
     def block_scaled(self) -> bool:
@@ -235,6 +247,10 @@ def _kernel(config: Config, block_scaled: bool) -> Kernel:
         past_end = str(config.few_rows > (0 if config.fp4 else 1)).lower()
         reading = f"{past_end}, {str(once).lower()}"
         call, parameters = f"Paged<{sizes}, {config.page}, {types}, {reading}>::{run}(p);", PagedParams
+        if config.fronts:
+            page, header, parameters = f"{page}_fronts", "paged_fronts.cuh", PagedFrontsParams
+            types = f"{weight}, {config.warps}, {reading}, {_FRONTS_TILES}"
+            call = f"PagedFronts<{sizes}, {config.page}, {types}>::run(p);"
     else:
         layout, page, header = "ragged", "", "ragged.cuh"
         call, parameters = f"Ragged<{sizes}, {types}>::run(p);", RaggedParams
@@ -300,6 +316,28 @@ def plan_of_few(config: Config, slots: int, rows: int, next_n: int) -> FewRows:
     return FewRows(shares, takers, slots * min(shares, max(1, _QUARTERS // sets)), pairs, inverse, spare)
 
 
+def leaves_fronts(rows: int, columns: int, k: int, blocks: int) -> bool:
+    """Whether `k` keys of each row are chosen faster out of what so many blocks of its logits leave. Any query's blocks
+    have 8 warps at least, which have room for a row's logits."""
+    room = 8 * blocks * _FRONTS_TILES * TILE
+    return rows == 1 and blocks in _FRONTS and k <= _MOST_OF_FRONTS and _LEAST_COLUMNS < columns <= room
+
+
+def _room_of_fronts(blocks: int) -> int:
+    """Bytes of one of a front's three, as of all."""
+    return 4 * -(-blocks // 32) * 32 * _ROOM
+
+
+def fronts_bytes(blocks: int) -> int:
+    """What the blocks of one token leave for the choice (fronts.cuh)."""
+    return 3 * _room_of_fronts(blocks) + 8 * blocks
+
+
+def places_of_fronts(address: int, blocks: int) -> tuple[int, ...]:
+    """Of values, positions, places and heads."""
+    return tuple(address + i * _room_of_fronts(blocks) for i in range(4))
+
+
 class Plan(NamedTuple):
     """How a call is made, which follows from types, sizes and strides; its parameters are without addresses."""
 
@@ -310,7 +348,7 @@ class Plan(NamedTuple):
 
 def plan_paged(
     arch: str, query: Query, weights: torch.Tensor, kv_cache: torch.Tensor, page: int, page_stride: int,
-    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima,
+    block_table: torch.Tensor, slots: int, windows: Windows, dtype: torch.dtype, maxima: Maxima, fronts: bool = False,
 ) -> Plan:  # fmt: skip
     """Of checked arguments; shapes as in `paged.fp8_fp4_paged_mqa_logits`."""
     rows, next_n = windows.rows, windows.next_n
@@ -318,8 +356,9 @@ def plan_paged(
         arch, query.fp4, query.heads, query.dim, page, weights.dtype, dtype,
         few_rows=few_rows(rows, next_n, slots), next_n=together(rows, next_n),
         alignment=alignment(query.values.data_ptr(), kv_cache.data_ptr(), page_stride), maxima=maxima is not None,
+        fronts=fronts,
     )  # fmt: skip
-    p = PagedParams(windows=windows)
+    p = PagedFrontsParams(windows=windows) if fronts else PagedParams(windows=windows)
     _set_strides(p, weights, maxima)
     p.page_stride = page_stride
     p.table_stride = block_table.stride()[0]
@@ -353,13 +392,17 @@ def _set_strides(p: PagedParams | RaggedParams, weights: torch.Tensor, maxima: M
 
 
 def paged(
-    plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None
-) -> Windows:
+    plan: Plan, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: torch.Tensor | None,
+    fronts: torch.Tensor | None = None, translate: bool = False,
+) -> Windows:  # fmt: skip
     """Starts the kernel on checked arguments. `addresses` are those of `inputs`, of which the first are q, weights,
     kv_cache, context_lens, block_table, schedule_meta, and in FP4 q's scales. Returns what the rows see."""
-    p = PagedParams.from_buffer_copy(plan.parameters)
+    p = type(plan.parameters).from_buffer_copy(plan.parameters)
+    if fronts is not None:
+        p.values, p.positions, places, p.heads = places_of_fronts(fronts.data_ptr(), plan.grid[0])
+        p.places = places if translate else None
     p.query, p.weights, p.keys, p.windows.ends, p.block_table, p.schedule = addresses[:6]
-    return _start(plan, p, inputs, addresses, out, maxima)
+    return _start(plan, p, inputs, addresses, out, maxima, fronts)
 
 
 def ragged(
@@ -371,12 +414,17 @@ def ragged(
     return _start(plan, p, inputs, addresses, out, maxima)
 
 
-def _start(plan: Plan, p, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: Maxima) -> Windows:
+def _start(
+    plan: Plan, p, inputs: Tensors, addresses: Sequence[int], out: torch.Tensor, maxima: Maxima,
+    fronts: torch.Tensor | None = None,
+) -> Windows:  # fmt: skip
     if plan.config.fp4:
         p.query_scales = addresses[6]
     p.logits, p.logits_stride = out.data_ptr(), out.stride()[0]
     outputs = {"logits": out}
     if maxima is not None:
         p.maxima, outputs["block_max"] = maxima.data_ptr(), maxima
+    if fronts is not None:
+        outputs["fronts"] = fronts
     launch(plan.config.kernel, out.device, plan.grid, p, inputs, outputs, checked=True)
     return p.windows

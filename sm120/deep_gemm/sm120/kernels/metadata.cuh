@@ -19,7 +19,6 @@ struct MetadataParams {
     int slots;
     Windows windows;         // a row is as long as its longest token
 };
-static_assert(sizeof(MetadataParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 constexpr int kSplit = 256;
 

@@ -24,7 +24,6 @@ struct PagedParams {
         return entry;
     }
 };
-static_assert(sizeof(PagedParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 template <class Format, int kHeads, int kPage, class Weight, class Logit, int kWarps, int kTokens, bool kPastEnd, bool kOnce>
 using Paged = Rows<PagedParams, Format, kHeads, PagedKeys<kPage, Format::kRowBytes, kPastEnd, kOnce>, Weight, Logit, kWarps,

@@ -98,6 +98,11 @@ __device__ inline void count_if_at_least(int& count, float a, float b) {
     asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(count) : "f"(a), "f"(b));
 }
 
+// count += a > b
+__device__ inline void count_if_above(int& count, float a, float b) {
+    asm("{\n\t.reg .pred p;\n\tsetp.gt.f32 p, %1, %2;\n\t@p add.s32 %0, %0, 1;\n\t}" : "+r"(count) : "f"(a), "f"(b));
+}
+
 // mask |= a >= b ? bit : 0
 __device__ inline void set_if_at_least(uint32& mask, float a, float b, uint32 bit) {
     asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %1, %2;\n\t@p or.b32 %0, %0, %3;\n\t}" : "+r"(mask) : "f"(a), "f"(b), "r"(bit));
@@ -129,6 +134,16 @@ __device__ inline void add_from_below(int& x, int distance) {
 }
 
 __device__ inline uint32 shared_address(const void* address) { return uint32(__cvta_generic_to_shared(address)); }
+
+__device__ inline void store_shared(uint32 address, uint32 word) {
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(word) : "memory");
+}
+
+__device__ inline float load_shared(uint32 address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+}
 
 // What the compiler is to keep, rather than to compute again wherever it is used.
 __device__ inline int kept(int x) {

@@ -19,7 +19,6 @@ struct RaggedParams {
     int columns;                 // compressed: column 0 is the row's first key, and there are so many; else 0
     int groups, parts, stripes;  // of tokens; of the keys of each group; of the list of all parts
 };
-static_assert(sizeof(RaggedParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 template <class Format, int kHeads, class Weight, class Logit, int kWarps, int kTokens>
 struct Ragged {

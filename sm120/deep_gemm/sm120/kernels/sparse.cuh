@@ -27,7 +27,6 @@ struct SparseParams {
 
     __device__ int2 entry(int slot, const Lane& lane) const { return windows.entry(slot, gridDim.x, lane); }
 };
-static_assert(sizeof(SparseParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 template <class Format, int kHeads, int kPage, int kBlock, class Weight, class Logit, int kWarps>
 using Sparse = Rows<SparseParams, Format, kHeads, ListedKeys<kPage, kBlock, Format::kRowBytes>, Weight, Logit, kWarps, 1>;

@@ -28,7 +28,6 @@ struct SparseMetadataParams {
     int unaligned;               // ragged: blocks begin at start % kBlock
     int rows_per_block;
 };
-static_assert(sizeof(SparseMetadataParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 // kPage keys a page; 0: ragged.
 template <int kPage, int kBlock>

@@ -31,6 +31,7 @@
 // Bound   one row: latency, of loads, histograms and barriers; rows by the thousand: reading the logits.
 #pragma once
 
+#include "order.cuh"
 #include "window.cuh"
 
 struct TopkParams {
@@ -59,26 +60,8 @@ struct TopkParams {
     int parts;
     int compressed;          // column 0 is the block with the row's first key, not that with the run's
 };
-static_assert(sizeof(TopkParams) == PARAMS_BYTES, "the launcher packs a different struct");
 
 constexpr uint32 kAllLanes = 0xffffffff;
-constexpr uint32 kNowhere = 0xffffffff;                                  // a position that no key has
-constexpr uint32 kNothing = 0, kNan = 1, kZero = 0x80000000;             // keys of the slow way, in the order of their values
-constexpr uint32 kNanWord = 0xffffffff;                                  // one fp32 or two bf16
-
-__device__ inline float lowest() { return __int_as_float(0xff800000); }
-
-// x + 0 turns -0 into +0.
-__device__ inline uint32 key_of_number(float x) {
-    const uint32 bits = __float_as_uint(x + 0.0f);
-    return bits ^ (uint32(int(bits) >> 31) | kZero);
-}
-
-__device__ inline uint32 key_of(float x) { return x == x ? key_of_number(x) : kNan; }
-
-__device__ inline float value_of(uint32 key) {
-    return __uint_as_float(key & kZero ? key ^ kZero : ~key);
-}
 
 // ---- bins: the largest values first, NaN in bin 0, which counts for nothing ----
 

@@ -1,4 +1,4 @@
-"""Launcher of topk.cuh: configuration, workspace, parameters, grids."""
+"""Launcher of topk.cuh and fronts.cuh: configuration, workspace, parameters, grids."""
 
 import ctypes
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from functools import cache, cached_property
 import torch
 
 from ..jit import Kernel, launch
+from .logits import places_of_fronts
 from .windows import Windows
 
 _MOST_PARTS = 64
@@ -44,6 +45,33 @@ class TopkParams(ctypes.Structure):
         ("parts", ctypes.c_int32),
         ("compressed", ctypes.c_int32),
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Fronts:
+    """How the largest keys of a row are chosen out of the fronts that so many blocks of its logits have left.
+
+    threads  of a block: so many that no SM that is left early gets two of them, and others none
+    own      fronts whose entries a block puts
+    """
+
+    blocks: int
+    threads: int = 768
+    own: int = 2
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        columns = -(-self.blocks // 32)
+        name = f"topk_fronts_t{self.threads}_o{self.own}_c{columns}"
+        body = f"    Fronts<{self.threads}, {self.own}, {columns}>::run(p);"
+        return Kernel(name, "fronts.cuh", body, self.threads, TopkParams, follows=True)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return 1, -(-self.blocks // self.own) + 1
+
+
+fronts = cache(Fronts)
 
 
 @dataclass(frozen=True)
@@ -195,8 +223,28 @@ def workspace_bytes(config: Config, rows: int, parts: int) -> int:
     return 0 if parts == 1 else rows * parts * 8 * (1 + config.fronts // parts)
 
 
-def topk(
-    config: Config,
+def topk(config: Config, parts: int, *, workspace: torch.Tensor | None, **given) -> None:
+    """Starts the kernels on checked arguments: those of `_parameters`."""
+    p, inputs, outputs = _parameters(parts, **given)
+    out, rows = given["out"], given["logits"].shape[0]
+    if parts == 1:
+        launch(config.choose, out.device, (rows, 1), p, inputs, outputs)
+        return
+    p.front = config.fronts // parts
+    p.gates = workspace.data_ptr()
+    p.fronts = p.gates + 8 * rows * parts
+    launch(config.choose, out.device, (rows, parts), p, inputs, {**outputs, "workspace": workspace})
+    launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)
+
+
+def choose_of_fronts(form: Fronts, workspace: torch.Tensor, **given) -> None:
+    """The choice of one row, out of the fronts that its logits' blocks have left in `workspace` (`logits.paged`)."""
+    p, inputs, outputs = _parameters(form.blocks, **given)
+    p.fronts, _, _, p.gates = places_of_fronts(workspace.data_ptr(), form.blocks)
+    launch(form.kernel, given["out"].device, form.grid, p, {**inputs, "workspace": workspace}, outputs)
+
+
+def _parameters(
     parts: int,
     *,
     logits: torch.Tensor,
@@ -207,7 +255,6 @@ def topk(
     page: int,
     block_table: torch.Tensor | None,
     offset: torch.Tensor | None,
-    workspace: torch.Tensor | None,
     out: torch.Tensor,
     positions: torch.Tensor | None,
     scores: torch.Tensor | None,
@@ -215,10 +262,11 @@ def topk(
     unit: int = 0,
     compressed: bool = False,
     nowhere: int = -1,
-) -> None:
-    """Starts the kernels on checked arguments; shapes as in `topk.topk`. `bounds`: what `windows` points into. With
-    `unit` a logit stands for a block of so many of what they count, and results are blocks of the run; `compressed`:
-    column 0 is the row's first one. `tokens` rows share one of the table; `nowhere` stands past a row's end."""
+) -> tuple[TopkParams, dict, dict]:
+    """What all kernels take, without what is left for a second one; their inputs and outputs. Shapes as in `topk.topk`.
+    `bounds`: what `windows` points into. With `unit` a logit stands for a block of so many of what they count, and
+    results are blocks of the run; `compressed`: column 0 is the row's first one. `tokens` rows share one of the table;
+    `nowhere` stands past a row's end."""
     p = TopkParams()
     p.logits = logits.data_ptr()
     p.logits_stride = logits.stride()[0]
@@ -242,12 +290,4 @@ def topk(
         outputs["scores"] = scores
         p.scores, p.scores_stride = scores.data_ptr(), scores.stride()[0]
     inputs = {"logits": logits, "block_table": block_table, "offset": offset, **bounds}
-    rows = logits.shape[0]
-    if parts == 1:
-        launch(config.choose, out.device, (rows, 1), p, inputs, outputs)
-        return
-    p.front = config.fronts // parts
-    p.gates = workspace.data_ptr()
-    p.fronts = p.gates + 8 * rows * parts
-    launch(config.choose, out.device, (rows, parts), p, inputs, {**outputs, "workspace": workspace})
-    launch(config.merge, out.device, (rows, 1), p, {**inputs, "workspace": workspace}, outputs)
+    return p, inputs, outputs
