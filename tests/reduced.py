@@ -136,7 +136,7 @@ class Suite:
         self.compare(out, problem.expected)
 
     def topk(self, lengths, columns, k, starts=None, page=1, dtype=torch.float32, fill=None, sms=None) -> None:
-        """`fill`: what all logits are, or a row of them; `sms`: as if there were so many, so that rows have few parts."""
+        """`fill`: what all logits are, or a row of them; `sms`: as if so many were there, few for rows of few parts."""
         rows = len(lengths)
         logits = torch.randn(rows, columns) if fill is None else torch.as_tensor(fill).expand(rows, columns).clone()
         logits = logits.to(dtype)
