@@ -75,7 +75,7 @@ def read_rows(threads: int) -> Probe:
             #pragma unroll
             for (int i = 0; i < {_READS}; ++i) {{
                 const int at = first + i * {threads};
-                ptx::load_if(words[i], begin + int64(at) * 16, at < p.vectors);
+                if (at < p.vectors) ptx::load<4>(words[i], begin + int64(at) * 16);
             }}
             #pragma unroll
             for (int i = 0; i < {_READS}; ++i) all ^= words[i][0] ^ words[i][1] ^ words[i][2] ^ words[i][3];
