@@ -646,21 +646,27 @@ struct Block {
         }
     }
 
-    // A piece of which more reach the gate than there is room for: a key of each lane at a time.
+    // A piece of which more reach the gate than there is room for: some keys of each lane at a time, and the list is
+    // narrowed in between. A narrow list and some keys of all lanes always fit, unless too many are equal.
     template <class Row, class Position>
     __device__ bool append_slowly(const Row& row, int keys, Position position, int k, int& listed, float& gate) {
-        bool fits = true;
+        constexpr int kSome = kThreads > 512 ? 1 : kThreads > 256 ? 2 : 4;
+        const auto value = [&](uint32 at) { return row.value_at(at); };
+        bool narrowed = false;
         #pragma unroll 1
-        for (int i = 0; i < keys && fits; ++i) {
-            const uint32 at = position(i);
-            const float value = at < uint32(row.length) ? row.value_at(at) : __uint_as_float(kNanWord);
-            const auto add = [&] {
-                return append(value >= gate, [&](int) { return at; }, [&](uint32) { return value; }, listed);
-            };
-            fits = add();
-            if (!fits && listed >= k) narrow(k, listed, gate), fits = add();
+        for (int first = 0; first < keys;) {
+            const auto some = [&](int i) { return position(first + i); };
+            uint32 mask = 0;
+            #pragma unroll
+            for (int i = 0; i < kSome; ++i) mask |= some(i) < uint32(row.length) && value(some(i)) >= gate ? 1u << i : 0;
+            if (append(mask, some, value, listed)) {
+                first += kSome, narrowed = false;
+            } else {
+                if (narrowed || listed < k) return false;
+                narrow(k, listed, gate), narrowed = true;
+            }
         }
-        return fits;
+        return true;
     }
 
     // ---- the slow way ----
