@@ -845,7 +845,6 @@ EXPLAINED = {
     "step * lane.id < span && head(probe).before «<= → <» start;": "a row's begin, named as the end of another",
     "int(ptx::load_word(p.windows.starts + row)), 0)«, p.windows.limit → , 0x7fffffff»);": "no blocks are there",
     "if (mine && rank «< → <=» want) chosen()[first + rank] = position;": "the entry behind the k-th is not read",
-    "if (match.inside > 0) gate = «fmaxf(gate, match.low) → match.low»;": "k that are counted reach the gate as it was",
 }
 
 
