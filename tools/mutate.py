@@ -545,6 +545,8 @@ MUTATIONS = {
         "take<kApartOfEight>(«lane.g < 2 → lane.g < 1» ?",
     ],
     "sm120/kernels/order.cuh": [
+        "return value > than || (value == than && entry.y «< → >» other.y);",
+        "return value > than || (value == than && entry.y «< → <=» other.y);",
         "return x == x ? key_of_number(x) : «kNan → kZero»;",
     ],
     "sm120/kernels/paged_fronts.cuh": [
@@ -553,7 +555,6 @@ MUTATIONS = {
         "return eights ? «8 → 16» * item + Key::key_of_eight(lane)",
         "if (busy > 1 << i) most = fmaxf(most, other), shift = i« + 1 → »;",
         "if (work.eights «|| → &&» busy <= 1) __syncthreads();",
-        "return value > than || (value == than && entry.y «< → >» other.y);",
         "count = listed <= kFrontRoom ? listed : «0 → kFrontRoom»;",
         "p.heads[slot] = {«listed <= kFrontRoom ? gate : kAllLanes → gate», uint32(count)};",
         "p.places[at] = page * kPage + entry.y «% → /» kPage;",
@@ -592,7 +593,6 @@ MUTATIONS = {
         "if (upto «< → <=» want) ++bin, above = upto, inside = bins[i + 1];",
         "gate));\n        if (listed + places.total > «kCapacity → 2 * kCapacity») return false;",
         "(mask));\n        if (listed + places.total > «kCapacity → 2 * kCapacity») return false;",
-        "value > than || (value == than && entry.y «< → <=» other.y)",
         "ptx::store_word_if_at_least(at, value, match.«high → low», entry.y);",
         "if (__builtin_expect(value >= match.low && «!(value >= match.high) → true», 0)) {",
         "if (mine && rank «< → <=» want) chosen()[first + rank] = position;",

@@ -21,6 +21,12 @@ __device__ inline float value_of(uint32 key) {
     return __uint_as_float(key & kZero ? key ^ kZero : ~key);
 }
 
+// Of entries {value, position}.
+__device__ inline bool is_above(uint2 entry, uint2 other) {
+    const float value = __uint_as_float(entry.x), than = __uint_as_float(other.x);
+    return value > than || (value == than && entry.y < other.y);
+}
+
 // Of a front, the largest logits of a block (paged_fronts.cuh): so many at most, of which fronts.cuh reads the first of all
 // fronts; and what they are a choice of, at most.
 constexpr int kFrontRoom = 64, kFrontRows = 16, kMostOfFronts = 512;

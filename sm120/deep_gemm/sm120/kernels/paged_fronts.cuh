@@ -123,11 +123,6 @@ struct PagedFronts {
         return gate == kAllLanes ? key_of(lowest()) : gate;
     }
 
-    __device__ static bool is_above(uint2 entry, uint2 other) {
-        const float value = __uint_as_float(entry.x), than = __uint_as_float(other.x);
-        return value > than || (value == than && entry.y < other.y);
-    }
-
     __device__ static void run(const PagedFrontsParams& p) {
         __shared__ Memory memory;
         if (threadIdx.x == 0) memory.listed = 0;

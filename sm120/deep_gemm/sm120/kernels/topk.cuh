@@ -476,11 +476,6 @@ struct Block {
 
     // ---- choosing ----
 
-    __device__ static bool is_above(uint2 entry, uint2 other) {
-        const float value = __uint_as_float(entry.x), than = __uint_as_float(other.x);
-        return value > than || (value == than && entry.y < other.y);
-    }
-
     __device__ static uint2 entry_of(const uint2* entries, int at, int count) {
         return at < count ? entries[at] : uint2{kNanWord, kNowhere};
     }
