@@ -75,7 +75,7 @@ class Suite:
             "topk, sifted": lambda: self.topk([20000, 9000], 20000, 100, sms=1),
             "topk, sifted, many rows": lambda: self.topk([9000, 5000, 40] * 6, 9000, 100, sms=1),
             "topk, sifted, parts and merge": lambda: self.topk([70000], 70000, 600, sms=2),
-            "topk, sifted, a full list": lambda: self.topk([30000], 30000, 600, sms=1, fill=torch.arange(30000.0)),
+            "topk, sifted, a full list": lambda: self.topk([100000], 100000, 600, sms=1, fill=torch.arange(100000.0)),
             "topk, equal logits": lambda: self.topk([9000], 9000, 2048, fill=1.5),
             "candidates, parts and merge": lambda: self.candidates([9000, 40], 2048),
             "paged, with maxima": lambda: self.paged([300, 0, 37], 100, heads=8, maxima=True),

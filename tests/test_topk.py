@@ -250,6 +250,21 @@ def test_a_first_piece_that_is_no_sample(columns: int, k: int, one_part: None) -
         assert 0 <= looked_up <= 4 * 2 * config.capacity  # of keys that have been listed
 
 
+def test_a_list_that_runs_full(one_part: None) -> None:
+    """More keys reach the sample's gate than there is room for, the largest first: it rises to about the k-th of the
+    list, and no more of the row is read again than the piece that was too much."""
+    config, parts = kernels.configure(torch.float32, 512, 3, 100_000, 1)
+    chunk, pieces = 128 * config.vectors, -(-100_000 // config.share)
+    assert parts == 1 and config.groups and config.capacity < 2500 < (pieces - 1) * chunk
+    first = 100_000 // (2 * pieces * chunk) * pieces * chunk + chunk  # of what the pieces behind the sample have there
+    logits = torch.randn(3, 100_000)
+    logits[:, first : first + 2500] = torch.linspace(11, 10, 2500)
+    check(logits, [100_000] * 3, 512)
+    with recording() as launches:
+        sm120.topk(logits, torch.full((3,), 100_000, dtype=torch.int32), 512)
+    assert launches[0].bytes_read["logits"] < 2 * logits.nbytes
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 

@@ -599,7 +599,6 @@ MUTATIONS = {
         "place(«i < inside → true» && (thread & (lanes - 1)) == 0, rank, tie.y);",
         "gate = search(listed, k, kCapacity / 8).«low → high»;",
         "high = __reduce_max_sync(kAllLanes, ends.y)« + 1 → »;",
-        "return listed > room ? search(listed, room« + 1 → », room / 4 + 16).high : gate;",
         "position < uint32(row.length) && (!of_positions || «key == bound → true»)",
         "key > bound || (key == bound && ~position «>= → >» tie)",
         "const Match match = refine(find(room« + 1 → »), room + 1,",
