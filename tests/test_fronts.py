@@ -8,6 +8,7 @@ from test_topk import FILLS, Fill, chosen_of_paged
 import deep_gemm
 from deep_gemm import sm120
 from deep_gemm.sm120 import settings
+from deep_gemm.sm120.emulator import recording
 from deep_gemm.sm120.jit import runtime
 
 TILE = 32
@@ -123,6 +124,16 @@ def test_other_shapes_go_the_other_way(rows, k, slots, columns, monkeypatch: pyt
     assert names and not any("fronts" in name for name in names)
     one = launched(Paged([1000], heads=8, dim=32, max_context_len=9000), 512, monkeypatch)
     assert len(one) == 1 and "fronts" in one[0]
+
+
+def test_logits_are_read_again_only_where_fronts_lack_keys() -> None:
+    """By the second launch: of random rows none; where one block has the largest, all of them."""
+    for fill, least, most in ((torch.randn, 0, 0), (OF_FRONTS["one block has them all"], 4 * 13_000, 1 << 30)):
+        problem = with_logits(fill(1, 13_000)[0], "cpu")
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(problem.context_lens, 64, problem.slots)
+        with recording() as launches:
+            sm120.fp8_fp4_paged_mqa_topk(*problem.arguments(schedule), 512)
+        assert len(launches) == 2 and least <= launches[1].bytes_read["logits"] <= most
 
 
 @pytest.mark.parametrize("page, weights", [(16, torch.float32), (128, torch.bfloat16)])

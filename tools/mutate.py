@@ -844,6 +844,9 @@ EXPLAINED = {
     "step * lane.id < span && head(probe).before «<= → <» start;": "a row's begin, named as the end of another",
     "int(ptx::load_word(p.windows.starts + row)), 0)«, p.windows.limit → , 0x7fffffff»);": "no blocks are there",
     "if (mine && rank «< → <=» want) chosen()[first + rank] = position;": "the entry behind the k-th is not read",
+    "if (busy > 1 << i) most = fmaxf(most, other), shift = i« + 1 → »;": "another gate, no other choice",
+    "if (work.eights «|| → &&» busy <= 1) __syncthreads();": "few keys get a gate, too, and the choice is the same",
+    "count = listed <= kFrontRoom ? listed : «0 → kFrontRoom»;": "its gate is above everything: none of it is chosen",
 }
 
 
