@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":  # before what it brings
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -85,6 +86,7 @@ class Suite:
             "logits and choice, keys in pieces": lambda: self.in_pieces(lambda: self.paged_topk([[700]] * 9, 50)),
             "logits and choice, run in pieces": lambda: self.in_pieces(lambda: self.ragged_topk([3] * 9, [800] * 9, 7)),
             "logits and choice, paged": lambda: self.paged_topk([[900, 3], [0, 700]], 200),
+            "logits and choice, one token": lambda: self.paged_topk([[9000]], 200),
             "logits and choice, ragged": lambda: self.ragged_topk([0, 100, 7], [900, 120, 1000], 200),
             "metadata, few and many rows": lambda: [self.metadata(rows) for rows in (1, 40, 1025, 3000)],
         }  # fmt: skip
@@ -150,12 +152,11 @@ class Suite:
         lens, begins = self.spoiled(*given)
         out, positions = (self.output(rows, k, torch.int32) for _ in range(2))
         scores = self.output(rows, k, torch.float32)
-        before, settings._num_sms = settings._num_sms, sms or settings._num_sms
-        sm120.topk(
-            logits.to(self.device), lens, k, starts=begins, block_table=there, page=page, out=out, positions=positions,
-            scores=scores,
-        )  # fmt: skip
-        settings._num_sms = before
+        with mock.patch.object(settings, "_num_sms", sms or settings._num_sms):
+            sm120.topk(
+                logits.to(self.device), lens, k, starts=begins, block_table=there, page=page, out=out,
+                positions=positions, scores=scores,
+            )  # fmt: skip
         self.compare_choice(positions, reference.topk(logits, lengths, k, starts))
         if table is not None and not self.garbage:
             chosen = positions.cpu().long()
