@@ -140,8 +140,8 @@ def paged_logits(
     try:
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         layouts, arch = checks.layouts(tensors), jit.architecture_of(values.device)
-        call = layouts, (addresses[0] | addresses[2]) & 31, addresses[5] & 7, max_context_len, logits_dtype, least, arch
-        call = call if fronts is None else (call, "fronts")
+        aligned = (addresses[0] | addresses[2]) & 31, addresses[5] & 7
+        call = layouts, aligned, max_context_len, logits_dtype, least, fronts is not None, arch
     except (AttributeError, IndexError, RuntimeError):
         _check(*asked)  # says what is wrong
         raise

@@ -72,8 +72,8 @@ def warmup(
             arch, heads, dim, block_kv, fp4, next_n, paged, ragged, weights_dtype, logits_dtype, alignment, maxima
         )
     if topk:
-        kernels += _topk_kernels(topk, logits_dtype, sms_to_use(place), sparse_block_kv > 0)
         sms = sms_to_use(place)
+        kernels += _topk_kernels(topk, logits_dtype, sms, sparse_block_kv > 0)
         if paged and any(logits.leaves_fronts(1, columns, topk, sms) for columns in _COLUMNS):
             kernels += _front_kernels(arch, heads, dim, block_kv, fp4, sms, weights_dtype, alignment)
     if sparse_block_kv:

@@ -330,8 +330,6 @@ struct Block {
 
     __device__ uint32* chosen() { return kAscending ? memory.in_turn : memory.results; }
 
-    __device__ uint32 lanes_below() const { return (1u << lane) - 1; }
-
     // ---- counting ----
 
     __device__ void count(int bin) { atomicAdd(&memory.histogram[bin], 1); }
